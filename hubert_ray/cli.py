@@ -1,0 +1,169 @@
+"""What can be typed? hubert-ray plan | run | <stage> | show | presets | remove.
+
+    hubert-ray run --recipe demo --storage ./runs
+    hubert-ray plan --recipe mine.toml --set iterations.iter1.pretrain.steps=2000
+    hubert-ray pretrain --recipe demo --storage s3://bucket/speech --of iter1 --cluster train_workers=8
+
+A recipe says what is computed; --cluster says how, and never changes a result. Errors that a user can mend are printed as
+one message, without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import msgspec
+
+from hubert_ray import __version__, pipeline
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.loading import load_cluster, load_recipe
+from hubert_ray.config.presets import PRESETS
+from hubert_ray.config.recipe import Recipe
+from hubert_ray.errors import HubertRayError, RecipeError
+from hubert_ray.storage.filesystem import Storage
+
+STAGES = (
+    "prepare_data",
+    "learn_kmeans",
+    "assign_labels",
+    "pretrain",
+    "measure_layers",
+    "finetune",
+    "decode",
+    "report",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 an error that the message explains, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except HubertRayError as error:
+        print(f"hubert-ray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hubert-ray: interrupted; the same command goes on from what is sealed", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hubert-ray", description="HuBERT pretraining end to end on Ray.")
+    parser.add_argument("--version", action="version", version=f"hubert-ray {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _command(commands, "run", _run, "run a whole recipe, or go on with it")
+    _command(commands, "plan", _plan, "show the stages of a recipe and what is done, without running anything")
+    _command(commands, "show", _show, "show the figures of finished stages")
+    for stage in STAGES:
+        sub = _command(commands, stage, _stage, f"run only {stage}; its inputs must be finished")
+        sub.set_defaults(stage=stage)
+        sub.add_argument("--of", metavar="NAME", help="iteration (iter1), or pretrained | scratch for finetune")
+    presets = commands.add_parser("presets", help="list the recipes that come with hubert_ray")
+    presets.set_defaults(command=_presets)
+    remove = commands.add_parser("remove", help="delete an artifact, a run or a corpus from storage")
+    remove.add_argument("path", help="as messages name it, such as runs/demo/iter2 or corpora/embedded")
+    remove.add_argument("--storage", default="storage", help="folder or URL (default: ./storage)")
+    remove.set_defaults(command=_remove)
+    return parser
+
+
+def _command(commands, name: str, function, help_text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_text)
+    parser.add_argument("--recipe", default="demo", help="preset name or TOML file (default: demo)")
+    parser.add_argument("--storage", default="storage", help="folder, s3://… or gs://… URL (default: ./storage)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the recipe")
+    parser.add_argument("--cluster-file", metavar="FILE", help="TOML file with cluster settings")
+    parser.add_argument("--cluster", action="append", default=[], metavar="A=B", help="override a cluster setting")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _load(options: argparse.Namespace) -> tuple[Recipe, Storage, Cluster]:
+    recipe = load_recipe(options.recipe, options.set)
+    return recipe, Storage(options.storage), load_cluster(options.cluster_file, options.cluster)
+
+
+def _run(options: argparse.Namespace, only: str | None = None) -> None:
+    recipe, storage, cluster = _load(options)
+    begun = time.perf_counter()
+    for step, seal, skipped in pipeline.run(recipe, storage, cluster, _Connection(cluster), only):
+        how = "done before" if skipped else f"{seal.facts['seconds']:.1f} s"
+        print(f"[{time.perf_counter() - begun:7.1f} s] {step.stage.name}: {how}", flush=True)
+    if only is None or only == "report":
+        print(storage.full(f"runs/{recipe.name}/report/report.html"))
+        print(storage.full(f"runs/{recipe.name}/report/report.json"))
+
+
+class _Connection:
+    """Ray, imported and started only when a stage has to run."""
+
+    def __init__(self, cluster: Cluster):
+        self._cluster = cluster
+
+    def __enter__(self) -> None:
+        from hubert_ray.distributed.cluster import connected
+
+        self._inner = connected(self._cluster)
+        self._inner.__enter__()
+
+    def __exit__(self, *details) -> None:
+        self._inner.__exit__(*details)
+
+
+def _stage(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.set)
+    names = [stage.name for stage in pipeline.unroll(recipe) if stage.kind == options.stage]
+    if options.of:
+        names = [name for name in names if options.of in name.split("/")]
+    if len(names) != 1:
+        raise RecipeError(
+            f"{options.stage}{f' --of {options.of}' if options.of else ''} names {len(names)} stages "
+            f"({', '.join(names) or 'none'}); say which with --of"
+        )
+    _run(options, names[0])
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipe, storage, _ = _load(options)
+    print(f"{recipe.name} in {storage.url}")
+    for planned in pipeline.plan(recipe, storage):
+        state = f"done in {planned.seal.facts['seconds']:.1f} s" if planned.seal else "to do"
+        inputs = ", ".join(planned.stage.inputs.values()) if planned.stage.kind != "report" else "all of the above"
+        print(f"  {planned.stage.name:24} {planned.artifact.identity.fingerprint}  {state:18} from: {inputs or 'source'}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    recipe, storage, _ = _load(options)
+    for planned in pipeline.plan(recipe, storage):
+        print(f"{planned.stage.name}: {'not finished' if planned.seal is None else ''}")
+        hidden = ("versions", "hardware")
+        for name, value in planned.seal.facts.items() if planned.seal else ():
+            if name not in hidden:
+                print(f"    {name}: {msgspec.json.encode(value).decode()}")
+
+
+def _presets(_: argparse.Namespace) -> None:
+    for name, recipe in PRESETS.items():
+        teachers = " -> ".join(
+            f"{iteration.name} ({iteration.kmeans.clusters} clusters, {iteration.pretrain.steps} steps)"
+            for iteration in recipe.iterations
+        )
+        print(f"{name:22} {recipe.corpus.name}: {teachers}")
+
+
+def _remove(options: argparse.Namespace) -> None:
+    storage = Storage(options.storage)
+    path = options.path.strip("/")
+    if path.split("/")[0] not in ("runs", "corpora") or "/" not in path or ".." in path.split("/"):
+        raise RecipeError(f"'{options.path}' is nothing that hubert_ray made; paths begin with runs/ or corpora/")
+    if not storage.exists(path):
+        raise RecipeError(f"'{path}' does not exist in {storage.url}")
+    storage.delete(path)
+    print(f"removed {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""HOW is a run executed? Workers, CPUs and GPUs, ZeRO stage, retries. Never part of a run's identity.
+
+Two runs of one recipe with different values here make the same artifacts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Resources of one invocation. The defaults suit a laptop with two cores."""
+
+    address: str | None = None  # of a running Ray cluster; None: RAY_ADDRESS, or a Ray of our own on this machine
+    train_workers: int = 2  # processes that share out the micro-batches of a step
+    train_workers_min: int | None = None  # elastic: go on with as few as these when nodes are taken away
+    train_cpus: float = 1.0  # per training worker
+    train_gpus: float = 0.0  # per training worker
+    data_workers: int = 2  # actors at most that read shards, extract features, label, decode
+    data_cpus: float = 1.0  # per actor
+    data_gpus: float = 0.0  # per actor
+    kmeans_workers: int = 2  # actors that hold the feature sample
+    concurrent_trials: int = 2  # fine-tuning trials side by side, each with one training worker
+    zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_failures: int = 3  # lost workers that a stage survives
+    keep_checkpoints: int = 2
+    object_store_mib: int = 512  # of a Ray that we start ourselves

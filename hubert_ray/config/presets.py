@@ -1,0 +1,122 @@
+"""Which recipes come with the project? The demo, a longer one for small machines, and the paper's three models."""
+
+from __future__ import annotations
+
+from hubert_ray.config.recipe import (
+    Decode,
+    EmbeddedCorpus,
+    Finetune,
+    Iteration,
+    Kmeans,
+    Layer,
+    LibriSpeech,
+    Mfcc,
+    Pretrain,
+    Recipe,
+    Sweep,
+)
+from hubert_ray.config.sizes import BASE, LARGE, TINY, XLARGE
+
+_DEMO_PRETRAIN = Pretrain(
+    steps=1500,
+    peak_lr=2e-3,
+    batch_seconds=16.0,
+    micro_batch_seconds=8.0,
+    max_crop_seconds=2.0,
+    crop_lengths=1,
+    checkpoint_steps=250,
+    log_steps=50,
+)
+
+DEMO = Recipe(
+    name="demo",
+    corpus=EmbeddedCorpus(),
+    iterations=(
+        Iteration(name="iter1", teacher=Mfcc(), kmeans=Kmeans(clusters=100), model=TINY, pretrain=_DEMO_PRETRAIN),
+        Iteration(
+            name="iter2",
+            teacher=Layer(of="iter1", layer=3),
+            kmeans=Kmeans(clusters=100, sample_share=0.5),
+            model=TINY,
+            pretrain=_DEMO_PRETRAIN,
+        ),
+    ),
+    finetune=Finetune(
+        label_seconds=600.0,
+        steps=240,
+        batch_seconds=40.0,
+        micro_batch_seconds=40.0,
+        schedule_shares=(0.1, 0.4, 0.5),
+        channel_mask_prob=0.0,
+        layer_drop=0.0,
+        activation_dropout=0.0,
+        clip_norm=1.0,
+        sweep=Sweep(trials=4, peak_lr=(3e-4, 3e-3), freeze_share=(0.0, 0.2), mask_prob=(0.0, 0.3)),
+        scratch_sweep=Sweep(trials=4, peak_lr=(3e-4, 3e-3), freeze_share=(0.0, 0.0), mask_prob=(0.0, 0.3)),
+    ),
+    decode=Decode(ngram_order=3, beam=50, lm_weights=(0.5, 1.0, 1.5), word_scores=(0.0, 1.0)),
+)
+
+_LS960 = LibriSpeech(name="librispeech-960h", path="LibriSpeech")
+_LL60K = LibriSpeech(name="libri-light-60kh", path="libri-light")
+
+HUBERT_BASE_LS960 = Recipe(
+    name="hubert_base_ls960",
+    corpus=_LS960,
+    iterations=(
+        Iteration(
+            name="iter1",
+            teacher=Mfcc(),
+            kmeans=Kmeans(clusters=100, sample_share=0.1),
+            model=BASE,
+            pretrain=Pretrain(steps=250_000, peak_lr=5e-4),
+        ),
+        Iteration(
+            name="iter2",
+            teacher=Layer(of="iter1", layer=6),
+            kmeans=Kmeans(clusters=500, sample_share=0.1),
+            model=BASE,
+            pretrain=Pretrain(steps=400_000, peak_lr=5e-4),
+        ),
+    ),
+    finetune=Finetune(label_seconds=36_000.0, steps=20_000, sweep=Sweep(trials=8)),
+    decode=Decode(),
+)
+
+# Large and X-Large are taught by layer 9 of a Base model's second iteration: run hubert_base_ls960 first, on the same
+# storage. Their batches are the paper's global ones: 128 x 56.25 s and 256 x 22.5 s.
+HUBERT_LARGE_LL60K = Recipe(
+    name="hubert_large_ll60k",
+    corpus=_LL60K,
+    iterations=(
+        Iteration(
+            name="iter3",
+            teacher=Layer(of="hubert_base_ls960/iter2", layer=9),
+            kmeans=Kmeans(clusters=500, sample_share=0.002),
+            model=LARGE,
+            pretrain=Pretrain(
+                steps=400_000, peak_lr=1.5e-3, batch_seconds=7200.0, micro_batch_seconds=56.25, clip_norm=1.0
+            ),
+        ),
+    ),
+)
+
+HUBERT_XLARGE_LL60K = Recipe(
+    name="hubert_xlarge_ll60k",
+    corpus=_LL60K,
+    iterations=(
+        Iteration(
+            name="iter3",
+            teacher=Layer(of="hubert_base_ls960/iter2", layer=9),
+            kmeans=Kmeans(clusters=500, sample_share=0.002),
+            model=XLARGE,
+            pretrain=Pretrain(
+                steps=400_000, peak_lr=3e-3, batch_seconds=5760.0, micro_batch_seconds=22.5, clip_norm=1.0
+            ),
+        ),
+    ),
+)
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (DEMO, HUBERT_BASE_LS960, HUBERT_LARGE_LL60K, HUBERT_XLARGE_LL60K)
+}

@@ -1,0 +1,176 @@
+"""WHAT does a run compute? The recipe: corpus, iterations of (teacher, codebook, model), fine-tuning, decoding.
+
+Everything here is part of a run's identity: it is hashed into the fingerprints of the artifacts it shapes. HOW a run is
+executed (workers, GPUs, ZeRO stage) lives in `cluster.py` and never is. Fields carry their unit in the name or the
+comment, and fairseq's name where it has one. Plain immutable structs: importing this file costs no torch and no Ray.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hubert_ray.config.sizes import ModelSize
+
+
+class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all settings: immutable, keyword-only, unknown names refused."""
+
+
+# --- corpus -----------------------------------------------------------------------------------------------------------
+
+
+class EmbeddedCorpus(_Settings, tag="embedded", tag_field="kind"):
+    """Synthetic speech made offline by espeak-ng (extra `demo`), with transcripts and phone times."""
+
+    name: str = "embedded"
+    train_speakers: int = 40
+    dev_speakers: int = 4
+    test_speakers: int = 4
+    utterances_per_speaker: int = 60
+    shard_mib: int = 12  # a new audio shard is begun at this size
+    seed: int = 0
+
+
+class LibriSpeech(_Settings, tag="librispeech", tag_field="kind"):
+    """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
+
+    Subsets named train-*, dev-*, test-* fall into those splits; `dev_speakers` and `test_speakers` move whole speakers
+    out of train, for trees that hold training subsets only. `alignments` is a folder of phone times, or None.
+    """
+
+    name: str
+    path: str
+    alignments: str | None = None
+    dev_speakers: tuple[str, ...] = ()
+    test_speakers: tuple[str, ...] = ()
+    shard_mib: int = 256  # a new audio shard is begun at this size
+
+
+Corpus = EmbeddedCorpus | LibriSpeech
+
+
+# --- one HuBERT iteration ---------------------------------------------------------------------------------------------
+
+
+class Mfcc(_Settings, tag="mfcc", tag_field="kind"):
+    """Teacher of the first iteration: 39-d MFCC with deltas at 100 Hz, exactly as fairseq computes them."""
+
+
+class Layer(_Settings, tag="layer", tag_field="kind"):
+    """Teacher of a later iteration: the output of transformer block `layer` (1-based, after the residual) at 50 Hz."""
+
+    of: str  # name of an earlier iteration of this recipe, or path of an exported model folder
+    layer: int
+
+
+Teacher = Mfcc | Layer
+
+
+class Kmeans(_Settings):
+    """How the codebook is fitted (PAPER section 3.2; full-batch Lloyd instead of scikit-learn's mini-batches)."""
+
+    clusters: int  # n_clusters: 100 for MFCC, 500 for transformer features
+    sample_share: float = 1.0  # --percent: share of train utterances fitted on, drawn without replacement
+    max_iterations: int = 30  # Lloyd passes at most
+    tolerance: float = 1e-4  # stop when the inertia falls by less than this share in a pass
+    seedings: int = 3  # n_init: k-means++ draws on the seeding subsample, of which the best is kept
+    seed: int = 0
+
+
+class Mask(_Settings):
+    """Span masking of pretraining (PAPER section 10.3)."""
+
+    prob: float = 0.80  # mask_prob: share of frames that spans would cover without overlap = start probability x length
+    length: int = 10  # mask_length, frames of 20 ms
+    min_spans: int = 2  # no_mask_min: spans per utterance at least
+
+
+class Pretrain(_Settings):
+    """Masked-prediction training (PAPER section 2)."""
+
+    steps: int  # max_update
+    peak_lr: float  # lr
+    warmup_share: float = 0.08  # warmup_updates / max_update; the rest decays linearly to 0
+    batch_seconds: float = 2800.0  # audio of one optimiser step over all workers (max_tokens x GPUs)
+    micro_batch_seconds: float = 87.5  # audio of one forward pass; the unit that workers share out
+    min_crop_seconds: float = 2.0  # min_sample_size: shorter utterances are not trained on
+    max_crop_seconds: float = 15.625  # max_sample_size
+    crop_lengths: int = 12  # length buckets between the two
+    mask: Mask = Mask()
+    betas: tuple[float, float] = (0.9, 0.98)  # adam_betas
+    eps: float = 1e-6  # adam_eps
+    weight_decay: float = 0.01  # weight_decay, decoupled
+    clip_norm: float = 10.0  # clip_norm
+    masked_weight: float = 1.0  # pred_masked_weight
+    unmasked_weight: float = 0.0  # pred_nomask_weight
+    feature_penalty: float = 10.0  # loss_weights
+    checkpoint_steps: int = 25_000  # save_interval_updates
+    log_steps: int = 200  # log_interval
+    seed: int = 1337  # seed
+
+
+class Iteration(_Settings):
+    """features from `teacher` -> codebook -> labels -> a model trained from random weights on them."""
+
+    name: str
+    teacher: Teacher
+    kmeans: Kmeans
+    model: ModelSize
+    pretrain: Pretrain
+
+
+# --- recogniser -------------------------------------------------------------------------------------------------------
+
+
+class Sweep(_Settings):
+    """The Ray Tune search over fine-tuning: peak learning rates x freeze shares drawn per trial (PAPER section 5.1)."""
+
+    trials: int = 4
+    peak_lr: tuple[float, float] = (1e-5, 1e-4)  # log-uniform range
+    freeze_share: tuple[float, float] = (0.0, 0.5)  # uniform range of freeze_finetune_updates / max_update
+    mask_prob: tuple[float, float] = (0.5, 0.75)  # uniform range of the time-mask probability
+    rungs: int = 3  # evaluations per trial; ASHA halves the field at each
+    seed: int = 0
+
+
+class Finetune(_Settings):
+    """CTC fine-tuning (PAPER section 5). Audio is padded, never cropped. The conv encoder stays frozen."""
+
+    label_seconds: float = 600.0  # transcribed train audio that may be used; 600 = the paper's 10-minute split
+    steps: int = 13_000  # max_update
+    batch_seconds: float = 1600.0  # padded audio of one optimiser step over all workers
+    micro_batch_seconds: float = 200.0  # padded audio of one forward pass
+    schedule_shares: tuple[float, float, float] = (0.1, 0.4, 0.5)  # phase_ratio: warm-up, hold, decay
+    final_lr_scale: float = 0.05
+    mask_length: int = 10  # mask_length, time masks
+    channel_mask_prob: float = 0.25  # mask_channel_prob
+    channel_mask_length: int = 64  # mask_channel_length
+    layer_drop: float = 0.1  # layerdrop
+    dropout: float = 0.0  # final_dropout, and the encoder's dropout
+    activation_dropout: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # 0 = off
+    sweep: Sweep = Sweep()
+    scratch_sweep: Sweep | None = None  # the control from random weights, conv encoder trained too; None = no control
+    seed: int = 0
+
+
+class Decode(_Settings):
+    """Greedy and n-gram beam search (PAPER section 6); weights are chosen on dev, test is decoded once."""
+
+    ngram_order: int = 4
+    beam: int = 500
+    beam_threshold: float = 100.0
+    lm_weights: tuple[float, ...] = (0.5, 1.0, 1.5)  # w1, of the natural logarithm; grid tried on dev
+    word_scores: tuple[float, ...] = (-1.0, 0.0, 1.0)  # w2, grid tried on dev
+
+
+class Recipe(_Settings):
+    """A whole run."""
+
+    name: str
+    corpus: Corpus
+    iterations: tuple[Iteration, ...]
+    finetune: Finetune | None = None
+    decode: Decode | None = None

@@ -1,0 +1,69 @@
+"""Is a recording usable, and what is its waveform?
+
+Decoding goes through libsndfile (FLAC, WAV, OGG, MP3) from bytes in memory. All waveforms in the project are mono
+float32 in [-1, 1] at 16 kHz; other rates are resampled, several channels are averaged.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import soundfile
+
+from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from hubert_ray.errors import AudioError
+
+MAX_SECONDS = 3600.0  # a longer file is a recording to be segmented first, not an utterance
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The 16 kHz waveform of compressed audio, shape (S,), float32.
+
+    Raises AudioError with reason `empty`, `undecodable`, `too_long`, `not_finite` or `too_short` (below 400 samples, one
+    frame of the model).
+    """
+    if not data:
+        raise AudioError("empty", "0 bytes")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate = file.samplerate
+            if file.frames > MAX_SECONDS * rate:
+                raise AudioError("too_long", f"{file.frames / rate:.0f} s, at most {MAX_SECONDS:.0f} s")
+            wave_SC = file.read(dtype="float32", always_2d=True)
+            declared = file.frames
+    except (soundfile.SoundFileError, ValueError, MemoryError) as error:
+        raise AudioError("undecodable", str(error)) from error
+    if len(wave_SC) < declared:
+        raise AudioError("undecodable", f"ends after {len(wave_SC)} of {declared} samples")
+    wave_S = wave_SC[:, 0] if wave_SC.shape[1] == 1 else wave_SC.mean(axis=1)
+    if not np.isfinite(wave_S).all():
+        raise AudioError("not_finite", f"{np.count_nonzero(~np.isfinite(wave_S))} samples are NaN or infinite")
+    if rate != SAMPLE_RATE:
+        wave_S = _resample(wave_S, rate)
+    if len(wave_S) < RECEPTIVE_FIELD:
+        raise AudioError("too_short", f"{len(wave_S)} samples at 16 kHz, at least {RECEPTIVE_FIELD}")
+    return np.ascontiguousarray(wave_S)
+
+
+def examine(data: bytes) -> tuple[int, int]:
+    """(samples at 16 kHz, stored sample rate) of a recording that may enter a corpus.
+
+    Raises AudioError as `decode` does, and with reason `silent` where every sample is the same.
+    """
+    wave_S = decode(data)
+    if np.ptp(wave_S) == 0:
+        raise AudioError("silent", f"all {len(wave_S)} samples equal {wave_S[0]:g}")
+    return len(wave_S), soundfile.info(io.BytesIO(data)).samplerate
+
+
+def normalise(wave_S: np.ndarray) -> np.ndarray:
+    """Zero mean and unit variance over the whole utterance, as Large and X-Large expect (epsilon 1e-5 as layer norm)."""
+    return (wave_S - wave_S.mean()) / np.sqrt(wave_S.var() + 1e-5)
+
+
+def _resample(wave_S: np.ndarray, rate: int) -> np.ndarray:
+    import torch  # here, so that listing a corpus does not load it
+    import torchaudio.functional
+
+    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(wave_S)), rate, SAMPLE_RATE).numpy()

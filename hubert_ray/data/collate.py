@@ -1,0 +1,68 @@
+"""How do planned crops become tensors? Waveform and labels are cut together, so they cannot drift apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hubert_ray.data.audio import normalise
+from hubert_ray.data.batching import MicroBatch
+from hubert_ray.data.frames import crop_labels, samples_of
+from hubert_ray.data.labels import LabelStore
+from hubert_ray.data.shards import AudioReader, Manifest
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A micro-batch in memory: waveforms (B, S) float32 and the label of each model frame (B, T) int64."""
+
+    wave_BS: torch.Tensor
+    labels_BT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Whole utterances, zero-padded to the longest: waveforms (B, S) float32 and true lengths (B,) int64."""
+
+    wave_BS: torch.Tensor
+    samples_B: torch.Tensor
+
+
+class UtteranceReader:
+    """Waveforms of manifest rows, normalised over the whole utterance where the model wants it."""
+
+    def __init__(self, reader: AudioReader, manifest: Manifest, normalize: bool):
+        self._reader = reader
+        self._shards = manifest.table["shard"]
+        self._offsets = manifest.numbers("offset")
+        self._sizes = manifest.numbers("size")
+        self._normalize = normalize
+
+    def wave(self, row: int) -> np.ndarray:
+        """The waveform of a whole utterance, shape (S,)."""
+        wave_S = self._reader.wave(self._shards[row].as_py(), int(self._offsets[row]), int(self._sizes[row]))
+        return normalise(wave_S) if self._normalize else wave_S
+
+    def crops(self, micro_batch: MicroBatch, labels: LabelStore) -> Crops:
+        """The crops of a micro-batch with their labels."""
+        size = samples_of(micro_batch.frames)
+        waves, targets = [], []
+        for row, start in zip(micro_batch.rows.tolist(), micro_batch.starts.tolist(), strict=True):
+            waves.append(self.wave(row)[start : start + size])
+            targets.append(labels.window(row, crop_labels(start, micro_batch.frames, labels.frame_rate_hz)))
+        return Crops(torch.from_numpy(np.stack(waves)), torch.from_numpy(np.stack(targets).astype(np.int64)))
+
+    def padded(self, rows: list[int]) -> Padded:
+        """Whole utterances, never cropped, padded with zeros."""
+        return pad([self.wave(row) for row in rows])
+
+
+def pad(waves: list[np.ndarray]) -> Padded:
+    """Stacks waveforms of different lengths."""
+    samples = [len(wave) for wave in waves]
+    stacked = np.zeros((len(waves), max(samples)), dtype=np.float32)
+    for row, wave in enumerate(waves):
+        stacked[row, : len(wave)] = wave
+    return Padded(torch.from_numpy(stacked), torch.tensor(samples))

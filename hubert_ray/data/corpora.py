@@ -1,0 +1,151 @@
+"""Which recordings make up a corpus? Sources list groups of utterances; groups are packed into shards by size.
+
+Extension point: a new source is a class with `groups()` (cheap: names and sizes only) and `read(group)` (the bytes), a
+settings struct in config/recipe.py, and a line in `open_source`. A group is the smallest piece that one worker reads
+alone: a chapter, a speaker. What `read` cannot use it yields as `Rejected`; the rest of the group goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hubert_ray.config.recipe import Corpus, EmbeddedCorpus, LibriSpeech
+from hubert_ray.data import synthetic
+from hubert_ray.data.shards import RawUtterance, Rejected
+from hubert_ray.errors import CorpusError
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some utterances of one split that are read together."""
+
+    name: str
+    split: str
+    bytes: int  # of audio, roughly; only used to fill shards evenly
+
+
+class Source(Protocol):
+    """A corpus as it lies on disk or comes out of a synthesiser."""
+
+    def groups(self) -> list[Group]: ...
+
+    def read(self, group: Group) -> Iterator[RawUtterance | Rejected]: ...
+
+
+def open_source(corpus: Corpus) -> Source:
+    return EmbeddedSource(corpus) if isinstance(corpus, EmbeddedCorpus) else LibriSpeechSource(corpus)
+
+
+def plan_shards(groups: list[Group], shard_bytes: int) -> dict[str, list[Group]]:
+    """Shard name -> its groups: each split's groups in order of their names, a new shard when one is full.
+
+    Depends on the corpus only, so the same shards come out on any number of workers.
+    """
+    shards: dict[str, list[Group]] = {}
+    for split in SPLITS:
+        number, filled = 0, 0
+        for group in sorted((g for g in groups if g.split == split), key=lambda g: g.name):
+            if filled and filled + group.bytes > shard_bytes:
+                number, filled = number + 1, 0
+            shards.setdefault(f"{split}-{number:05d}", []).append(group)
+            filled += group.bytes
+    return shards
+
+
+class EmbeddedSource:
+    """The synthetic corpus; a group is a speaker, whose audio costs a process of its own."""
+
+    BYTES_PER_UTTERANCE = 60_000
+
+    def __init__(self, corpus: EmbeddedCorpus):
+        self._corpus = corpus
+        self._speakers = {speaker.id: speaker for speaker in synthetic.speakers(corpus)}
+
+    def groups(self) -> list[Group]:
+        size = self._corpus.utterances_per_speaker * self.BYTES_PER_UTTERANCE
+        return [Group(speaker.id, speaker.split, size) for speaker in self._speakers.values()]
+
+    def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
+        for made in synthetic.synthesise(self._speakers[group.name], self._corpus):
+            yield RawUtterance(made.utterance_id, made.speaker, made.split, "flac", made.flac, made.text, made.phones)
+
+
+class LibriSpeechSource:
+    """`<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac` and `<speaker>-<chapter>.trans.txt`; a group is a chapter.
+
+    A missing transcript leaves the utterance without text. Phone times, where `alignments` has the same tree with
+    `<utterance>.phn` files of `start end phone` lines in samples, are read along.
+    """
+
+    def __init__(self, corpus: LibriSpeech):
+        self._root = Path(corpus.path).expanduser()
+        self._alignments = Path(corpus.alignments).expanduser() if corpus.alignments else None
+        self._moved = dict.fromkeys(corpus.dev_speakers, "dev") | dict.fromkeys(corpus.test_speakers, "test")
+        if not self._root.is_dir():
+            raise CorpusError(f"corpus.path: '{self._root}' is not a folder; give the folder that holds train-clean-100 …")
+        if self._alignments and not self._alignments.is_dir():
+            raise CorpusError(f"corpus.alignments: '{self._alignments}' is not a folder")
+
+    def groups(self) -> list[Group]:
+        chapters: dict[Path, int] = {}
+        for file in sorted(self._root.glob("*/*/*/*.flac")):
+            chapters[file.parent] = chapters.get(file.parent, 0) + file.stat().st_size
+        if not chapters:
+            raise CorpusError(
+                f"'{self._root}' has no <subset>/<speaker>/<chapter>/*.flac. Expected LibriSpeech's layout; "
+                "give the folder that holds subsets such as train-clean-100"
+            )
+        return [
+            Group(chapter.relative_to(self._root).as_posix(), self._split(chapter), size)
+            for chapter, size in chapters.items()
+        ]
+
+    def _split(self, chapter: Path) -> str:
+        subset, speaker, _ = chapter.relative_to(self._root).parts
+        split = self._moved.get(speaker) or subset.split("-")[0]
+        if split not in SPLITS:
+            raise CorpusError(f"subset '{subset}' belongs to no split; names begin with train-, dev- or test-")
+        return split
+
+    def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
+        folder = self._root / group.name
+        speaker = folder.parts[-2]
+        texts, unreadable = _transcripts(folder)
+        if unreadable:
+            yield unreadable
+        for file in sorted(folder.glob("*.flac")):
+            phones, bad = self._phones(group.name, file.stem)
+            if bad:
+                yield bad
+            yield RawUtterance(
+                file.stem, speaker, group.split, "flac", file.read_bytes(), texts.pop(file.stem, None), phones
+            )
+        for name in texts:
+            yield Rejected(name, "no_audio", f"{group.name} has a transcript but no recording of it")
+
+    def _phones(self, group: str, name: str) -> tuple[list[tuple[int, int, str]] | None, Rejected | None]:
+        file = self._alignments / group / f"{name}.phn" if self._alignments else None
+        if file is None or not file.exists():
+            return None, None
+        try:
+            rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+            return [(int(start), int(end), phone) for start, end, phone in rows], None
+        except ValueError as error:
+            return None, Rejected(name, "bad_alignment", f"{file.name}: {error}; the audio is used without phones")
+
+
+def _transcripts(folder: Path) -> tuple[dict[str, str], Rejected | None]:
+    """Utterance id -> transcript of a chapter; a file that is not text costs the chapter its transcripts only."""
+    texts: dict[str, str] = {}
+    for file in sorted(folder.glob("*.trans.txt")):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            return {}, Rejected(file.name, "bad_transcript", f"not UTF-8: {error}; the audio is used without text")
+        texts |= {name: text for name, _, text in (line.partition(" ") for line in lines) if text.strip()}
+    return texts, None

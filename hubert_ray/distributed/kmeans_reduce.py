@@ -1,0 +1,183 @@
+"""Where do centroids meet across workers? Feature blocks live in actors; their partial sums are added in a fixed order.
+
+A *block* is the sampled frames of one shard. Ray Data workers extract a block and hand it to the actor (`BlockHolder`) that
+owns it; it stays there for the whole fit, and no feature is written anywhere. For a Lloyd pass each holder reduces its
+blocks to one `Partial` per *lane*; a shard belongs to lane (position of the shard) mod LANES, which no worker count changes.
+Within a lane blocks are added in order of position, and the driver adds the lanes in order. Floating-point sums therefore
+always nest the same way: centroids are bit-equal for any number of holders.
+
+A holder that dies takes its blocks along. They are extracted again onto its successor, and the pass is repeated with the
+same centroids, so the result does not change (failures.py, REBUILD_BLOCKS).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial as bind
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import ray.exceptions
+
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.distributed.failures import Action, Fault, decide
+from hubert_ray.distributed.shard_map import shard_map
+from hubert_ray.errors import TrainingError
+from hubert_ray.units import kmeans
+from hubert_ray.units.kmeans import Partial
+
+LANES = 64
+LOST = -1  # in place of a number of frames: the holder died before it had the block
+logger = logging.getLogger(__name__)
+
+
+class BlockSource(Protocol):
+    """Made once per extraction worker; gives the sampled frames of a shard, (N, D) float32, N may be 0."""
+
+    def __call__(self, shard: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One Lloyd pass: the centroids it started from, and the mean squared distance of the frames to them."""
+
+    centroids_KD: np.ndarray
+    inertia: float
+    counts_K: np.ndarray
+
+
+@ray.remote(num_cpus=0.5)
+class BlockHolder:
+    """Keeps feature blocks in memory and reduces them."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def put(self, position: int, block_ND: np.ndarray) -> int:
+        """Takes a block; the extraction worker waits for this, which is the back-pressure."""
+        self._blocks[position] = np.array(block_ND)  # own memory: what arrives is a view of the object store
+        return len(block_ND)
+
+    def positions(self) -> list[int]:
+        return sorted(self._blocks)
+
+    def rows(self, wanted: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Chosen rows of chosen blocks, for seeding."""
+        return {position: self._blocks[position][rows] for position, rows in wanted.items()}
+
+    def reduce(self, centroids_KD: np.ndarray) -> dict[int, Partial]:
+        """Lane -> sum of its blocks held here."""
+        lanes: dict[int, Partial] = {}
+        for position in sorted(self._blocks):
+            part = kmeans.partial(self._blocks[position], centroids_KD)
+            lane = position % LANES
+            lanes[lane] = lanes[lane] + part if lane in lanes else part
+        return lanes
+
+
+class _Extract:
+    """A shard worker that makes a block and hands it to its holder."""
+
+    def __init__(self, factory: Callable[[], BlockSource], owner: dict[str, tuple[int, Any]]):
+        self._source = factory()
+        self._owner = owner
+
+    def __call__(self, shard: str) -> dict[str, Any]:
+        position, holder = self._owner[shard]
+        block_ND = self._source(shard)
+        try:
+            return {"position": position, "frames": ray.get(holder.put.remote(position, block_ND))}
+        except ray.exceptions.RayActorError:
+            return {"position": position, "frames": LOST}
+
+
+class FeatureSample:
+    """The sampled frames of a corpus, spread over holders. A context manager: the memory is freed at its end."""
+
+    def __init__(self, factory: Callable[[], BlockSource], shards: list[str], cluster: Cluster):
+        self._factory = factory
+        self._shards = list(shards)
+        self._cluster = cluster
+        self._failures = 0
+        self._holders = [BlockHolder.remote() for _ in range(min(cluster.kmeans_workers, len(shards), LANES))]
+        self._frames: dict[int, int] = {}
+
+    def __enter__(self) -> FeatureSample:
+        self._fill(range(len(self._shards)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for holder in self._holders:
+            ray.kill(holder)
+
+    @property
+    def frames(self) -> int:
+        return sum(self._frames.values())
+
+    def _holder_of(self, position: int) -> int:
+        return position % LANES % len(self._holders)  # by lane, so that a lane lies in one holder
+
+    def _fill(self, positions: Iterable[int]) -> None:
+        owner = {self._shards[p]: (p, self._holders[self._holder_of(p)]) for p in positions}
+        lost = set()
+        for row in shard_map(bind(_Extract, self._factory, owner), list(owner), self._cluster):
+            self._frames[row["position"]] = row["frames"]
+            if row["frames"] == LOST:
+                lost.add(self._holder_of(row["position"]))
+        if lost:
+            self._rebuild(sorted(lost))
+
+    def _ask(self, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        """One answer per holder, rebuilding the blocks of holders that are lost on the way."""
+        while True:
+            pending = [call(holder) for holder in self._holders]
+            answers, lost = [], []
+            for index, reference in enumerate(pending):
+                try:
+                    answers.append(ray.get(reference))
+                except ray.exceptions.RayActorError:
+                    lost.append(index)
+            if not lost:
+                return answers
+            self._rebuild(lost)
+
+    def _rebuild(self, lost: list[int]) -> None:
+        action = decide("learn_kmeans", Fault.WORKER_LOST, self._failures, self._cluster.max_failures)
+        if action is not Action.REBUILD_BLOCKS:
+            raise TrainingError(
+                f"k-means lost {self._failures + 1} feature holders, more than max_failures = {self._cluster.max_failures}. "
+                "If they ran out of memory, raise kmeans_workers or lower kmeans.sample_share"
+            )
+        self._failures += 1
+        logger.warning("k-means: %d feature holder(s) lost; extracting their blocks again", len(lost))
+        for index in lost:
+            self._holders[index] = BlockHolder.remote()
+        self._fill([p for p in range(len(self._shards)) if self._holder_of(p) in lost])
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """`count` distinct frames of the sample (all, if there are fewer), the same for any number of holders."""
+        sizes = np.array([self._frames[p] for p in range(len(self._shards))])
+        bounds = np.cumsum(sizes)
+        chosen = np.sort(rng.choice(self.frames, size=min(count, self.frames), replace=False))
+        block = np.searchsorted(bounds, chosen, side="right")
+        wanted = {int(p): chosen[block == p] - (bounds[p] - sizes[p]) for p in np.unique(block)}
+
+        def ask(holder: Any) -> ray.ObjectRef:
+            mine = {p: rows for p, rows in wanted.items() if self._holders[self._holder_of(p)] is holder}
+            return holder.rows.remote(mine)
+
+        found = {p: rows for answer in self._ask(ask) for p, rows in answer.items()}
+        return np.concatenate([found[p] for p in sorted(found)])
+
+    def reduce(self, centroids_KD: np.ndarray) -> Partial:
+        """The sum over all frames, nested by lane whatever holds them."""
+        shared = ray.put(centroids_KD)
+        lanes = {lane: part for a in self._ask(lambda holder: holder.reduce.remote(shared)) for lane, part in a.items()}
+        ordered = [lanes[lane] for lane in sorted(lanes)]
+        total = ordered[0]
+        for part in ordered[1:]:
+            total = total + part
+        return total

@@ -1,0 +1,71 @@
+"""How is a function run over all shards of a corpus? On Ray Data, a pool of actors, a shard at a time.
+
+A worker turns one shard into one part file and a small row of facts. Parts that exist are skipped, so a killed stage goes
+on where it was; a lost actor's shard is given to another one by Ray Data. What a shard yields depends on the shard alone,
+hence the number of workers never shows in the result. Only shard names go in and only facts come out: audio and features
+never pass through the object store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import ray
+import ray.data
+import ray.exceptions
+from ray.data import ActorPoolStrategy, DataContext
+
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.errors import HubertRayError
+
+
+class ShardWorker(Protocol):
+    """Made once per actor; called once per shard. Returns facts about what it did: plain numbers and strings."""
+
+    def __call__(self, shard: str) -> dict[str, Any]: ...
+
+
+class _Adapter:
+    """What Ray Data calls: builds the worker inside the actor, where its model and files belong."""
+
+    def __init__(self, factory: Callable[[], ShardWorker]):
+        self._worker = factory()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"shard": row["shard"], **self._worker(row["shard"])}
+
+
+def shard_map(factory: Callable[[], ShardWorker], shards: list[str], cluster: Cluster) -> Iterator[dict[str, Any]]:
+    """Yields the facts of each shard as shards finish, in no particular order. `factory` must pickle.
+
+    An error of the user's (HubertRayError) that a worker raises is raised here as itself.
+    """
+    if not shards:
+        return
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    mapped = rows.map(
+        _Adapter,
+        fn_constructor_args=(factory,),
+        compute=ActorPoolStrategy(min_size=1, max_size=max(1, min(cluster.data_workers, len(shards)))),
+        num_cpus=cluster.data_cpus,
+        num_gpus=cluster.data_gpus or None,
+    )
+    try:
+        yield from mapped.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None
+
+
+def user_error(error: BaseException | None) -> HubertRayError | None:
+    """The user's error at the root of what Ray raises, if that is what it is."""
+    while error is not None:
+        if isinstance(error, HubertRayError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

@@ -1,0 +1,84 @@
+"""How are many training runs searched? Ray Tune with ASHA over trials, each its own Ray Train run.
+
+A trial is a driver function that fits a TorchTrainer and passes what its workers report on to Tune. Trials are listed by
+the caller, so what is tried depends on the recipe alone; ASHA stops the worse half at each rung. Which trials it stops can
+depend on the order in which results arrive, hence on the number of trials side by side; the winner is always taken
+among those that reached the end.
+
+A killed search goes on from Tune's own record of it, and each unfinished trial from its newest sealed checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.distributed.shard_map import user_error
+from hubert_ray.distributed.train_loop import TrainJob, fit, reports
+from hubert_ray.storage.filesystem import Storage
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a search."""
+
+    name: str
+    job: TrainJob
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial reported, in order; the last entry is where it ended or was stopped."""
+
+    name: str
+    reports: list[dict[str, float]]
+
+
+def run_trials(
+    trials: list[Trial], metric: str, rungs: tuple[int, ...], folder: str, storage: Storage, cluster: Cluster
+) -> list[TrialResult]:
+    """Runs all trials, fewest `metric` wins, stopping the worse half at each rung. Results in the order of `trials`."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    trainable = tune.with_resources(tune.with_parameters(_drive, trials=trials, cluster=cluster), {"cpu": 0})
+    path = storage.full(folder)
+    if Tuner.can_restore(path, storage_filesystem=storage.filesystem):
+        tuner = Tuner.restore(
+            path, trainable, storage_filesystem=storage.filesystem, resume_unfinished=True, restart_errored=True
+        )
+    else:
+        parent, name = path.rsplit("/", 1)
+        tuner = Tuner(
+            trainable,
+            param_space={"trial": tune.grid_search(list(range(len(trials))))},
+            tune_config=TuneConfig(
+                metric=metric,
+                mode="min",
+                max_concurrent_trials=cluster.concurrent_trials,
+                scheduler=ASHAScheduler(
+                    time_attr="step", max_t=rungs[-1], grace_period=rungs[0], reduction_factor=2, brackets=1
+                ),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=parent,
+                storage_filesystem=storage.filesystem,
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                verbose=0,
+            ),
+        )
+    results = tuner.fit()
+    for error in results.errors:
+        raise user_error(error) or error
+    return [TrialResult(trial.name, reports(trial.job.storage, trial.job.folder)) for trial in trials]
+
+
+def _drive(config: dict[str, Any], trials: list[Trial], cluster: Cluster) -> None:
+    """One Tune trial: a Ray Train run on one worker, reporting to Tune."""
+    trial = trials[config["trial"]]
+    fit(trial.job, cluster, workers=1, callbacks=[TuneReportCallback()])

@@ -1,0 +1,62 @@
+"""What does training say about itself? metrics.jsonl, TensorBoard and a line on the console, from rank 0."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from hubert_ray.storage import layout
+from hubert_ray.storage.filesystem import Storage
+
+
+class Telemetry:
+    """The log of one training artifact. `resume_step`: rows after it came from steps that will be done again."""
+
+    def __init__(self, storage: Storage, folder: str, resume_step: int, title: str):
+        self._storage = storage
+        self._folder = folder
+        self._title = title
+        self._rows = [row for row in read(storage, folder) if row["step"] <= resume_step]
+        self._local = tempfile.TemporaryDirectory(prefix="hubert-ray-tensorboard-")
+        self._writer = None
+
+    def log(self, row: dict[str, float], total_steps: int) -> None:
+        """Adds a row; `row["step"]` counts finished steps. The file on storage is whole after each call."""
+        self._rows.append(row)
+        data = b"".join(msgspec.json.encode(r) + b"\n" for r in self._rows)
+        self._storage.write(f"{self._folder}/{layout.METRICS}", data)
+        self._tensorboard(row)
+        rest = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "seconds"))
+        print(f"{self._title}  step {row['step']:>6}/{total_steps}  {rest}", flush=True)
+
+    def _tensorboard(self, row: dict[str, float]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports that only rank 0 needs
+
+            self._writer = SummaryWriter(self._local.name)
+            for old in self._rows[:-1]:
+                self._add(old)
+        self._add(row)
+
+    def _add(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Puts the TensorBoard file beside the metrics."""
+        if self._writer is not None:
+            self._writer.close()
+            self._storage.delete(f"{self._folder}/tensorboard")
+            self._storage.upload(Path(self._local.name), f"{self._folder}/tensorboard")
+        self._local.cleanup()
+
+
+def read(storage: Storage, folder: str) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl; none where there is no file."""
+    path = f"{folder}/{layout.METRICS}"
+    if not storage.exists(path):
+        return []
+    return [msgspec.json.decode(line) for line in storage.read(path).splitlines()]

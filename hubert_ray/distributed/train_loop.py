@@ -1,0 +1,258 @@
+"""How does training run? One loop for pretraining and for CTC, executed by every Ray Train worker.
+
+A `Task` says what a step is (its micro-batches, their loss, the learning rate); this file says who computes which part.
+Worker r of W takes micro-batches r, r + W, … of each step. Every micro-batch seeds its own random numbers from (seed, step,
+position), and its loss is divided by the step's global count, so the gradient is the same sum for every W, up to the order
+of floating-point additions. Where W does not divide the micro-batches, the short workers add zero-weighted repeats.
+
+Workers look for the newest sealed checkpoint on storage when they start. That alone makes a lost worker, a lost node, a
+killed driver and a changed number of workers the same case.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import ray.train
+import ray.train.torch
+import safetensors.torch
+import torch
+import torch.distributed
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.distributed import checkpoint, zero
+from hubert_ray.distributed.shard_map import user_error
+from hubert_ray.distributed.telemetry import Telemetry
+from hubert_ray.errors import TrainingError
+from hubert_ray.storage import layout
+from hubert_ray.storage.filesystem import Storage
+
+PREFETCH = 4  # micro-batches decoded ahead of the model
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """One micro-batch's contribution to a step."""
+
+    total: torch.Tensor  # a sum; divided by the step's global count before the backward pass
+    sums: torch.Tensor  # (n,) float64, detached: what metrics are made of; adds up over micro-batches and workers
+
+
+class Task(Protocol):
+    """What is trained. Made by a factory inside each worker."""
+
+    module: torch.nn.Module  # forward(batch) -> StepLoss
+    optimizer: torch.optim.Optimizer
+    micro_batches: int  # per step
+    title: str  # for the console
+
+    def load(self, step: int, index: int) -> Any:
+        """A micro-batch in host memory; called from a background thread. `.to(device)` moves it."""
+
+    def count(self, step: int) -> int:
+        """What the step's summed loss is divided by."""
+
+    def learning_rate(self, step: int) -> float: ...
+
+    def before_step(self, step: int) -> None: ...
+
+    def metrics(self, sums: np.ndarray, seconds: float) -> dict[str, float]:
+        """A row of metrics from the sums of all micro-batches since the last row."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores the model as it is; called at `TrainJob.report_steps`."""
+
+    def weights(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors to export, from the float32 values of the module's trained parameters."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A training run of one artifact folder. `factory` builds the task in each worker and must pickle."""
+
+    factory: Callable[[], Task]
+    storage: Storage
+    folder: str
+    steps: int
+    seed: int
+    clip_norm: float
+    checkpoint_steps: int
+    log_steps: int
+    report_steps: tuple[int, ...] = ()  # after these many steps: evaluate, and tell Ray Train (and through it Tune)
+
+
+def fit(job: TrainJob, cluster: Cluster, workers: int, callbacks: list[Any] | None = None) -> None:
+    """Trains to the end, over lost workers, and leaves `model.safetensors` and `metrics.jsonl` in the job's folder."""
+    if cluster.train_workers_min and workers > 1:
+        scale: int | tuple[int, int] = (cluster.train_workers_min, workers)
+    else:
+        scale = workers
+    resources = {"CPU": cluster.train_cpus} | ({"GPU": cluster.train_gpus} if cluster.train_gpus else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "cluster": cluster},
+        scaling_config=ScalingConfig(
+            num_workers=scale, use_gpu=cluster.train_gpus > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=job.storage.full(job.folder),
+            storage_filesystem=job.storage.filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=callbacks,
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise user_error(error) or _first_worker_error(error) or error from error
+    finally:
+        job.storage.delete(f"{job.folder}/ray")
+
+
+def _first_worker_error(error: BaseException) -> BaseException | None:
+    failures = getattr(error, "worker_failures", None) or {}
+    return next((found for found in map(user_error, failures.values()) if found), None)
+
+
+def reports(storage: Storage, folder: str) -> list[dict[str, float]]:
+    """What a training run reported so far, from storage: what Ray remembers does not outlive a restart."""
+    path = f"{folder}/{layout.REPORTS}"
+    return msgspec.json.decode(storage.read(path)) if storage.exists(path) else []
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """The training function of one Ray Train worker."""
+    job, cluster = config["job"], config["cluster"]
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(max(1, int(cluster.train_cpus)))
+    torch.manual_seed(job.seed)  # the same initial weights on every rank
+    task = job.factory()
+    sealed = checkpoint.steps(job.storage, job.folder)
+    start = sealed[-1] if sealed else 0
+    if start:
+        checkpoint.load_weights(task.module, start, job.storage, job.folder)
+    task.module.to(device)
+    world = torch.distributed.get_world_size()
+    engine = zero.engine(task.module, task.optimizer, cluster, -(-task.micro_batches // world), job.clip_norm)
+    if start:
+        checkpoint.load_optimizer(engine, start, job.storage, job.folder)
+    loop = _Loop(job, cluster, task, engine, device)
+    loop.run(start)
+
+
+class _Loop:
+    """The steps of one worker."""
+
+    def __init__(self, job: TrainJob, cluster: Cluster, task: Task, engine: Any, device: torch.device):
+        self._job, self._cluster, self._task, self._engine, self._device = job, cluster, task, engine, device
+        self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._sums: torch.Tensor | None = None
+
+    def run(self, start: int) -> None:
+        job, rank = self._job, self._rank
+        telemetry = Telemetry(job.storage, job.folder, start, self._task.title) if rank == 0 else None
+        batches = self._batches(start)
+        since, clock = start, time.perf_counter()
+        self._engine.train()
+        for step in range(start, job.steps):
+            self._step(step, batches)
+            done = step + 1
+            if done % job.log_steps == 0 or done == job.steps or done == 1:
+                row = self._row(done, time.perf_counter() - clock, done - since)
+                since, clock = done, time.perf_counter()
+                if telemetry:
+                    telemetry.log(row, job.steps)
+            if done % job.checkpoint_steps == 0 and done < job.steps:
+                checkpoint.save(self._engine, done, job.storage, job.folder, self._cluster.keep_checkpoints)
+            if done in job.report_steps:
+                self._report(done)
+        self._export()
+        if telemetry:
+            telemetry.close()
+
+    def _batches(self, start: int) -> Iterator[Any]:
+        """This worker's micro-batches from step `start` on, decoded ahead in a thread; None stands for a repeat."""
+        rounds = -(-self._task.micro_batches // self._world)
+        wanted = (
+            (step, index if index < self._task.micro_batches else None)
+            for step in range(start, self._job.steps)
+            for index in range(self._rank, rounds * self._world, self._world)
+        )
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+            queue: deque[tuple[int | None, Future]] = deque()
+            for step, index in wanted:
+                source = 0 if index is None else index
+                queue.append((index, pool.submit(self._task.load, step, source)))
+                if len(queue) > PREFETCH:
+                    index_, future = queue.popleft()
+                    yield index_, future.result()
+            while queue:
+                index_, future = queue.popleft()
+                yield index_, future.result()
+
+    def _step(self, step: int, batches: Iterator[Any]) -> None:
+        task, engine = self._task, self._engine
+        rounds = -(-task.micro_batches // self._world)
+        scale = rounds * self._world / task.count(step)  # DeepSpeed divides by both
+        zero.set_learning_rate(engine, task.learning_rate(step))
+        task.before_step(step)
+        for _ in range(rounds):
+            index, batch = next(batches)
+            torch.manual_seed(_mix(self._job.seed, step, index or 0))
+            loss = engine(batch.to(self._device))
+            weight = 0.0 if index is None else scale
+            engine.backward(loss.total * weight)
+            engine.step()
+            if index is not None:
+                self._sums = loss.sums if self._sums is None else self._sums + loss.sums
+
+    def _row(self, done: int, seconds: float, steps: int) -> dict[str, float]:
+        """Metrics over the steps since the last row, summed over all workers. Collective."""
+        sums = self._sums if self._sums is not None else torch.zeros(0)
+        torch.distributed.all_reduce(sums)
+        row = self._task.metrics(sums.cpu().numpy(), seconds)
+        self._sums = None
+        if not all(np.isfinite(value) for value in row.values()):
+            raise TrainingError(
+                f"{self._task.title}: metrics are not finite in the {steps} steps up to step {done}: {row}. Lower peak_lr or "
+                "raise warmup_share; the run goes on from the last checkpoint before it"
+            )
+        return {"step": done, **row, "learning_rate": self._task.learning_rate(done - 1), "seconds": seconds}
+
+    def _report(self, done: int) -> None:
+        """Evaluates and tells Ray Train. Exported first: a scheduler may end the trial as soon as it hears of a result."""
+        self._export()
+        self._engine.eval()
+        scores = self._task.evaluate()
+        self._engine.train()
+        if self._rank == 0:
+            earlier = [row for row in reports(self._job.storage, self._job.folder) if row["step"] < done]
+            data = msgspec.json.encode([*earlier, {"step": done, **scores}])
+            self._job.storage.write(f"{self._job.folder}/{layout.REPORTS}", data)
+        ray.train.report({"step": done, **scores})
+
+    def _export(self) -> None:
+        """Writes the weights as one file, float32. Collective."""
+        values = {}
+        for state in zero.full_state(self._engine):
+            if self._rank == 0:
+                values[state.name] = state.value.cpu().contiguous()
+        if self._rank == 0:
+            tensors = safetensors.torch.save(self._task.weights(values))
+            self._job.storage.write(f"{self._job.folder}/{layout.MODEL}", tensors)
+        torch.distributed.barrier()
+
+
+def _mix(seed: int, step: int, index: int) -> int:
+    """One 63-bit seed from three numbers."""
+    return int(np.random.SeedSequence([seed, step, index]).generate_state(2, np.uint32).astype(np.uint64) @ [1, 2**31])

@@ -1,0 +1,205 @@
+"""In what order does a recipe run, and what is already done? recipe -> stages with their inputs -> plan, skip, run.
+
+A recipe unrolls into stages without a special case: each iteration is learn_kmeans, assign_labels, pretrain and
+measure_layers; its teacher is an input like any other. Stage functions are imported when they run, so that planning needs
+neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from hubert_ray import machine
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.recipe import Iteration, Layer, LibriSpeech, Recipe
+from hubert_ray.errors import RecipeError
+from hubert_ray.storage import layout
+from hubert_ray.storage.artifacts import Artifact, Identity, Seal, identity_of
+from hubert_ray.storage.filesystem import Storage
+
+MEASURE_SECONDS = 600.0  # of train and of dev audio that measure_layers uses
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the run. `kind` names the module and the function in stages/; `settings` are its arguments."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)  # role -> name of another stage, or `run/iteration` elsewhere
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage with its identity and, where it is finished, its seal."""
+
+    stage: Stage
+    artifact: Artifact
+    inputs: dict[str, Artifact]
+    seal: Seal | None
+
+
+def unroll(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe in order. Raises RecipeError where iterations do not fit together."""
+    stages = [Stage("prepare_data", "prepare_data", {"corpus": recipe.corpus})]
+    for position, iteration in enumerate(recipe.iterations):
+        stages += _iteration_stages(recipe, position, iteration)
+    if recipe.finetune:
+        stages += _recogniser_stages(recipe)
+    finished = {stage.name: stage.name for stage in stages}
+    return [*stages, Stage("report", "report", {}, finished)]
+
+
+def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> list[Stage]:
+    name, teacher = iteration.name, iteration.teacher
+    learned: dict[str, str] = {"corpus": "prepare_data"}
+    frame_rate_hz = 100
+    if isinstance(teacher, Layer):
+        learned["teacher"] = _teacher_input(recipe, position, teacher)
+        frame_rate_hz = 50
+    clusters = iteration.kmeans.clusters
+    following = recipe.iterations[position + 1 :]
+    probe = following[0].kmeans.clusters if following else clusters
+    trained = {
+        "model": iteration.model,
+        "classes": clusters,
+        "frame_rate_hz": frame_rate_hz,
+        "settings": iteration.pretrain,
+    }
+    measured = {"layers": iteration.model.layers, "clusters": probe, "seconds": MEASURE_SECONDS}
+    codebook, labels, model = f"{name}/learn_kmeans", f"{name}/assign_labels", f"{name}/pretrain"
+    return [
+        Stage(codebook, "learn_kmeans", {"teacher": teacher, "kmeans": iteration.kmeans}, learned),
+        Stage(labels, "assign_labels", {"teacher": teacher, "clusters": clusters}, learned | {"codebook": codebook}),
+        Stage(model, "pretrain", trained, {"corpus": "prepare_data", "labels": labels}),
+        Stage(f"{name}/measure_layers", "measure_layers", measured, {"corpus": "prepare_data", "model": model}),
+    ]
+
+
+def _teacher_input(recipe: Recipe, position: int, teacher: Layer) -> str:
+    """The stage whose model teaches: an earlier iteration of this recipe, or `run/iteration` of another run."""
+    if "/" in teacher.of:
+        return teacher.of + "/pretrain"
+    earlier = {iteration.name: iteration for iteration in recipe.iterations[:position]}
+    if teacher.of not in earlier:
+        raise RecipeError(
+            f"iteration '{recipe.iterations[position].name}' learns from '{teacher.of}', which is not an earlier iteration; "
+            f"found {sorted(earlier) or 'none'}. For a model of another run write of = '<run>/<iteration>'"
+        )
+    layers = earlier[teacher.of].model.layers
+    if not 0 <= teacher.layer <= layers:
+        raise RecipeError(f"teacher layer {teacher.layer} of '{teacher.of}': it has layers 0 (input) to {layers}")
+    return f"{teacher.of}/pretrain"
+
+
+def _recogniser_stages(recipe: Recipe) -> list[Stage]:
+    assert recipe.finetune
+    inputs = {"corpus": "prepare_data", "model": f"{recipe.iterations[-1].name}/pretrain"}
+    settings = msgspec.structs.replace(recipe.finetune, sweep=None, scratch_sweep=None)
+    sweeps = {"pretrained": recipe.finetune.sweep, "scratch": recipe.finetune.scratch_sweep}
+    stages = [
+        Stage(f"finetune/{start}", "finetune", {"start": start, "settings": settings, "sweep": sweep}, inputs)
+        for start, sweep in sweeps.items()
+        if sweep
+    ]
+    if recipe.decode:
+        systems = {stage.settings["start"]: stage.name for stage in stages}
+        stages.append(Stage("decode", "decode", {"settings": recipe.decode}, {"corpus": "prepare_data"} | systems))
+    return stages
+
+
+def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
+    """Every stage with its identity and state. Raises StaleArtifactError where storage holds another recipe's work."""
+    artifacts: dict[str, Artifact] = {}
+    planned = []
+    for stage in unroll(recipe):
+        inputs = {role: artifacts.get(name) or _elsewhere(storage, name) for role, name in stage.inputs.items()}
+        fingerprints = {role: artifact.identity.fingerprint for role, artifact in inputs.items()}
+        path = _path(recipe, stage)
+        artifact = Artifact(storage, path, identity_of(stage.kind, _identity_settings(stage), fingerprints))
+        artifacts[stage.name] = artifact
+        planned.append(Planned(stage, artifact, inputs, artifact.seal_or_none()))
+    return planned
+
+
+def _path(recipe: Recipe, stage: Stage) -> str:
+    return layout.corpus(recipe.corpus.name) if stage.kind == "prepare_data" else layout.artifact(recipe.name, stage.name)
+
+
+def _identity_settings(stage: Stage) -> dict[str, Any]:
+    """A stage's settings as plain data, without the places where things lie."""
+    corpus = stage.settings.get("corpus")
+    if isinstance(corpus, LibriSpeech):
+        moved = msgspec.structs.replace(corpus, path="", alignments="given" if corpus.alignments else None)
+        return {"corpus": msgspec.to_builtins(moved)}
+    return msgspec.to_builtins(stage.settings)
+
+
+def _elsewhere(storage: Storage, name: str) -> Artifact:
+    """A sealed model of another run of the same storage, with the identity it has; a placeholder until it is sealed."""
+    path = f"runs/{name}"
+    seal_file = f"{path}/{layout.SEAL}"
+    if not storage.exists(seal_file):
+        return Artifact(storage, path, Identity("not made yet", {"run": name}, {}))
+    return Artifact(storage, path, msgspec.json.decode(storage.read(seal_file), type=Seal).identity)
+
+
+def run(
+    recipe: Recipe, storage: Storage, cluster: Cluster, connect: AbstractContextManager, only: str | None = None
+) -> Iterator[tuple[Planned, Seal, bool]]:
+    """Runs what is not sealed, in order; yields (stage, seal, skipped). `connect` brings Ray up, once it is needed.
+
+    `only` names a single stage: its inputs must be sealed, and nothing else runs.
+    """
+    steps = plan(recipe, storage)
+    if only is not None:
+        steps = [step for step in steps if step.stage.name == only]
+        if not steps:
+            raise RecipeError(f"'{only}' is no stage of this recipe; it has {[s.name for s in unroll(recipe)]}")
+    storage.write(layout.recipe(recipe.name), msgspec.json.format(msgspec.json.encode(recipe), indent=2))
+    up = False
+    try:
+        for step in steps:
+            if step.seal:
+                yield step, step.seal, True
+                continue
+            for artifact in step.inputs.values():
+                artifact.require()
+            if not up:
+                connect.__enter__()
+                up = True
+            yield step, _execute(step, recipe, cluster), False
+    finally:
+        if up:
+            connect.__exit__(None, None, None)
+
+
+def _execute(step: Planned, recipe: Recipe, cluster: Cluster) -> Seal:
+    from hubert_ray.stages.context import Work  # with torch
+
+    function = getattr(importlib.import_module(f"hubert_ray.stages.{step.stage.kind}"), step.stage.kind)
+    step.artifact.claim()
+    started, clock = datetime.now(UTC), time.perf_counter()
+    work = Work(step.stage.name, recipe, cluster, step.artifact, step.inputs)
+    with machine.PeakMemory() as memory:
+        facts = function(work, **step.stage.settings)
+    step.artifact.seal(
+        {
+            **facts,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - clock, 3),
+            "peak_memory_gib": memory.gib,
+            "versions": machine.versions(),
+            "hardware": machine.hardware(),
+        }
+    )
+    return step.artifact.require()

@@ -1,0 +1,305 @@
+"""How does a list of numbers become a chart that needs nothing but a browser?
+
+Each function returns one `<figure>`: a title, a legend in HTML that wraps on a phone, and an inline SVG.
+Colours are the class names `c1` to `c5` and `grey`; the page's CSS gives them a light and a dark value, so a chart
+follows the reader's theme. Every mark carries a `<title>`, which browsers show on hover and screen readers speak.
+Values that are None, NaN or infinite are gaps: a line breaks there. With nothing to draw, the result is empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH = 480  # of a half-page chart, in SVG units; text of 12 units stays readable on a phone
+WIDE = 980  # of a full-page chart; the page lets it scroll sideways on a phone
+MOST_POINTS = 240  # drawn for one series; a longer one is thinned
+LEAST_SHARE = 0.005  # paler cells of a heat map could not be seen, and a 500-unit map would weigh megabytes
+
+Point = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis measures: its label with the unit, how a value and a tick are written, whether zero is on it."""
+
+    label: str
+    show: Callable[[float], str] = "{:g}".format
+    tick: Callable[[float], str] = "{:,g}".format
+    from_zero: bool = False
+    whole_numbers: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. A faint one is context: thin, in no legend, with no value at its end."""
+
+    name: str
+    points: Sequence[Point]
+    colour: str = "c1"
+    faint: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Level:
+    """A dashed horizontal line to compare with, such as chance."""
+
+    name: str
+    value: float | None
+    colour: str = "grey"
+
+
+@dataclass(frozen=True)
+class Bar:
+    name: str
+    value: float | None
+    colour: str = "c1"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One row of a timeline. A hollow one cost nothing this time."""
+
+    name: str
+    start_seconds: float
+    seconds: float
+    colour: str = "c1"
+    hollow: bool = False
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def nice_ticks(low: float, high: float, target: int = 5, whole_numbers: bool = False) -> list[float]:
+    """Round numbers a step of 1, 2, 2.5 or 5 times a power of ten apart, from at or below `low` to at or above `high`."""
+    raw_step = ((high - low) or abs(high) or 1.0) / target
+    power = 10.0 ** math.floor(math.log10(raw_step))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw_step * 0.999)
+    if whole_numbers:
+        step = max(1, math.ceil(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+
+
+def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points: both ends, and the lowest and highest of each bucket, so that a spike survives."""
+    if len(points) <= most:
+        return list(points)
+    buckets = (most - 2) // 2
+    inner = range(1, len(points) - 1)
+    kept = {0, len(points) - 1}
+    for bucket in range(buckets):
+        members = inner[bucket * len(inner) // buckets : (bucket + 1) * len(inner) // buckets]
+        drawable = [index for index in members if is_number(points[index][1])]
+        if drawable:
+            kept.add(min(drawable, key=lambda index: points[index][1]))
+            kept.add(max(drawable, key=lambda index: points[index][1]))
+        else:
+            kept.add(members[0])  # all of this bucket is a gap: one missing point keeps it visible
+    return [points[index] for index in sorted(kept)]
+
+
+def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: Sequence[Level] = ()) -> Markup:
+    """Several lines over one x axis, with the last value of each written at its end."""
+    thinned = [(line, thin(line.points)) for line in sorted(series, key=lambda line: not line.faint)]
+    lines = [(line, points) for line, points in thinned if _drawable(points)]
+    levels = [level for level in levels if is_number(level.value)]
+    if not lines:
+        return Markup("")
+    xs = [point[0] for _, points in lines for point in _drawable(points)]
+    ys = [point[1] for _, points in lines for point in _drawable(points)] + [level.value for level in levels]
+    y_ticks = nice_ticks(min([*ys, 0] if y.from_zero else ys), max(ys))
+    x_low, x_high = min(xs), max(xs)
+    x_ticks = [v for v in nice_ticks(x_low, x_high, 6, x.whole_numbers) if x_low <= v <= x_high]
+    left, right, top, bottom, height = 50, WIDTH - 50, 26, 236, 274
+
+    def across(value: float) -> float:
+        return round(left + (right - left) * ((value - x_low) / (x_high - x_low) if x_high > x_low else 0.5), 1)
+
+    def down(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
+
+    parts = [_text(0, 12, y.label, "axis")]
+    for tick in y_ticks:
+        parts += [_rule(left, down(tick), right, down(tick)), _text(left - 8, down(tick) + 4, y.tick(tick), "tick end")]
+    parts += [_text(across(tick), bottom + 18, x.tick(tick), "tick middle") for tick in x_ticks]
+    parts.append(_text(right, bottom + 34, x.label, "axis end"))
+    for level in levels:
+        parts.append(
+            Markup('<path class="level {}" d="M{} {}H{}"><title>{}: {}</title></path>').format(
+                level.colour, left, down(level.value), right, level.name, y.show(level.value)
+            )
+        )
+    for line, points in lines:
+        parts.append(
+            _polyline(line, [(across(a), down(b)) if is_number(a) and is_number(b) else None for a, b in points])
+        )
+    for line, points in lines:
+        parts += [_hit(line, across(a), down(b), f"{x.label} {x.show(a)}: {y.show(b)}") for a, b in _drawable(points)]
+    ends = [(down(level.value), y.show(level.value), level.colour) for level in levels]
+    for line, points in lines:
+        if not line.faint:
+            value = _drawable(points)[-1][1]
+            ends.append((down(value), y.show(value), line.colour))
+    for position, (_, text, colour) in zip(_spread([end[0] for end in ends], top, bottom), ends, strict=True):
+        parts.append(_text(right + 7, position + 4, text, f"value {colour}"))
+    keys = [(line.name, line.colour, "line") for line in series if not line.faint and _drawable(line.points)]
+    keys += [(level.name, level.colour, "dash") for level in levels]
+    return _figure(title, keys, parts, WIDTH, height)
+
+
+def grouped_bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], value: Axis) -> Markup:
+    """Horizontal bars in named groups, on one scale from zero, each with its value."""
+    groups = [(name, [bar for bar in bars if is_number(bar.value)]) for name, bars in groups]
+    groups = [(name, bars) for name, bars in groups if bars]
+    if not groups:
+        return Markup("")
+    thickness, gap, top, left, right = 22, 18, 4, 112, WIDTH - 62
+    ticks = nice_ticks(0, max(max(bar.value for _, bars in groups for bar in bars), 1e-9), 4)
+    bottom = top + sum(len(bars) * thickness + gap for _, bars in groups)
+
+    def across(amount: float) -> float:
+        return round(left + (right - left) * amount / ticks[-1], 1)
+
+    parts = [_rule(across(tick), top, across(tick), bottom) for tick in ticks]
+    parts += [_text(across(tick), bottom + 18, value.tick(tick), "tick middle") for tick in ticks]
+    parts.append(_text(right, bottom + 36, value.label, "axis end"))
+    y = top + gap / 2
+    for name, bars in groups:
+        parts.append(_text(left - 10, y + len(bars) * thickness / 2 + 4, name, "name end"))
+        for bar in bars:
+            tip = f"{name}, {bar.name}: {value.show(bar.value)}"
+            width = max(across(max(bar.value, 0)) - left, 1)
+            parts.append(_rect(left, y + 2, width, thickness - 4, f"bar {bar.colour}", tip))
+            parts.append(_text(left + width + 7, y + thickness / 2 + 4, value.show(bar.value), f"value {bar.colour}"))
+            y += thickness
+        y += gap
+    keys = list(dict.fromkeys((bar.name, bar.colour, "block") for _, bars in groups for bar in bars))
+    return _figure(title, keys, parts, WIDTH, bottom + 42)
+
+
+def timeline(title: str, spans: Sequence[Span], keys: Sequence[tuple[str, str]], time: Axis) -> Markup:
+    """A Gantt chart: one row a stage, placed by when it started, as long as it took."""
+    if not spans:
+        return Markup("")
+    row, top, left, right = 26, 6, 170, WIDE - 90
+    end = max(span.start_seconds + span.seconds for span in spans)
+    unit = next((unit for unit in (86400, 3600, 60) if end >= 3 * unit), 1)  # ticks are round in the unit they show
+    ticks = [tick * unit for tick in nice_ticks(0, end / unit, 6) if tick * unit <= end]
+    bottom = top + row * len(spans)
+
+    def across(seconds: float) -> float:
+        return round(left + (right - left) * seconds / (end or 1), 1)
+
+    parts = [_rule(across(tick), top, across(tick), bottom) for tick in ticks]
+    parts += [_text(across(tick), bottom + 18, time.tick(tick), "tick middle") for tick in ticks]
+    parts.append(_text(right, bottom + 36, time.label, "axis end"))
+    for index, span in enumerate(spans):
+        y = top + index * row
+        start, stop = across(span.start_seconds), across(span.start_seconds + span.seconds)
+        took = time.show(span.seconds) + (", reused" if span.hollow else "")
+        look = f"bar {span.colour} hollow" if span.hollow else f"bar {span.colour}"
+        parts.append(_text(left - 12, y + row / 2 + 4, span.name, "name end"))
+        parts.append(_rect(start, y + 5, max(stop - start, 2), row - 10, look, f"{span.name}: {took}"))
+        parts.append(_text(max(stop, start + 2) + 7, y + row / 2 + 4, took, "tick"))
+    return _figure(title, [(name, colour, "block") for name, colour in keys], parts, WIDE, bottom + 42)
+
+
+def heat_map(title: str, rows: Sequence[str], columns: Sequence[object], share: Sequence[Sequence[float]]) -> Markup:
+    """`share[column][row]` from 0 to 1 as the strength of one hue; the columns are units, the rows phones."""
+    assert len(share) == len(columns), f"{len(share)} lists of shares for {len(columns)} units"
+    assert all(len(column) == len(rows) for column in share), f"each unit needs a share for all {len(rows)} phones"
+    if not rows or not columns:
+        return Markup("")
+    left, top, right = 52, 6, WIDE - 6
+    tall, wide = min(22.0, max(12.0, 440 / len(rows))), (right - left) / len(columns)
+    bottom = top + tall * len(rows)
+    parts = [_rule(left, top + tall * (index + 1), right, top + tall * (index + 1)) for index in range(len(rows))]
+    parts += [_text(left - 8, top + tall * (i + 0.5) + 4, name, "tick end") for i, name in enumerate(rows)]
+    for index, column in enumerate(share):
+        for place, amount in enumerate(column):
+            if is_number(amount) and amount >= LEAST_SHARE:
+                parts.append(
+                    Markup(
+                        '<rect class="cell" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" opacity="{:.2f}">'
+                        "<title>unit {}, phone {}: {:.0%}</title></rect>"
+                    ).format(
+                        left + index * wide,
+                        top + place * tall + 0.5,
+                        max(wide - 0.6, 0.6),
+                        tall - 1,
+                        min(amount, 1) ** 0.7,
+                        columns[index],
+                        rows[place],
+                        amount,
+                    )
+                )
+    every = math.ceil(len(columns) * 26 / (right - left))
+    for index in range(0, len(columns), every):
+        parts.append(_text(left + (index + 0.5) * wide, bottom + 16, columns[index], "tick middle"))
+    parts.append(_text(right, bottom + 34, "unit, ordered by its most frequent phone", "axis end"))
+    scale = [(f"{share_shown:.0%}", "c1", f"heat h{share_shown * 100:.0f}") for share_shown in (0.05, 0.25, 0.5, 1)]
+    return _figure(title, scale, parts, WIDE, bottom + 42)
+
+
+def _drawable(points: Sequence[Point]) -> list[tuple[float, float]]:
+    return [(a, b) for a, b in points if is_number(a) and is_number(b)]
+
+
+def _polyline(line: Series, places: Sequence[tuple[float, float] | None]) -> Markup:
+    path, pen_down = [], False
+    for place in places:
+        if place is not None:
+            path.append(f"{'L' if pen_down else 'M'}{place[0]} {place[1]}")
+        pen_down = place is not None
+    look = f"line {line.colour} faint" if line.faint else f"line {line.colour}"
+    return Markup('<path class="{}" d="{}"/>').format(look, "".join(path))
+
+
+def _hit(line: Series, x: float, y: float, tip: str) -> Markup:
+    look = f"hit {line.colour} dot" if line.dots else f"hit {line.colour}"
+    mark = Markup('<circle class="{}" cx="{}" cy="{}" r="4"><title>{}, {}</title></circle>')
+    return mark.format(look, x, y, line.name, tip)
+
+
+def _spread(places: Sequence[float], top: float, bottom: float, apart: float = 14) -> list[float]:
+    """The same places, moved as little as keeps labels from covering each other."""
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    moved = [places[index] for index in order]
+    for index in range(1, len(moved)):
+        moved[index] = max(moved[index], moved[index - 1] + apart)
+    limit = bottom
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - apart
+    back = dict(zip(order, moved, strict=True))
+    return [round(max(back[index], top - 20), 1) for index in range(len(places))]
+
+
+def _text(x: float, y: float, text: object, look: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(look, x, y, text)
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return Markup('<path class="rule" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(x1, y1, x2, y2)
+
+
+def _rect(x: float, y: float, width: float, height: float, look: str, tip: str) -> Markup:
+    shape = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{}" rx="2"><title>{}</title></rect>')
+    return shape.format(look, x, y, width, height, tip)
+
+
+def _figure(
+    title: str, keys: Sequence[tuple[str, str, str]], parts: Sequence[Markup], width: int, height: float
+) -> Markup:
+    key = Markup('<span class="key"><i class="{} {}"></i>{}</span>')
+    legend = Markup("").join(key.format(kind, colour, name) for name, colour, kind in keys)
+    return Markup(
+        '<figure class="{}"><figcaption><b>{}</b><span class="keys">{}</span></figcaption><div class="plot">'
+        '<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">{}</svg></div></figure>'
+    ).format("wide" if width == WIDE else "half", title, legend, width, height, title, Markup("").join(parts))

@@ -1,0 +1,102 @@
+"""What does a stage get to work with? Its output folder, its sealed inputs, the machine; and models read back from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import safetensors.torch
+import torch
+
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.recipe import Mfcc, Recipe, Teacher
+from hubert_ray.config.sizes import ModelSize
+from hubert_ray.data.shards import Manifest
+from hubert_ray.model.ctc import HubertCtc
+from hubert_ray.model.hubert import Hubert
+from hubert_ray.storage import layout
+from hubert_ray.storage.artifacts import Artifact
+from hubert_ray.storage.filesystem import Storage
+from hubert_ray.units.features import FeatureExtractor, LayerExtractor, MfccExtractor
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage's job. `inputs` holds sealed artifacts by role, such as "corpus", "labels", "teacher"."""
+
+    name: str  # full name, such as iter1/pretrain
+    recipe: Recipe
+    cluster: Cluster
+    output: Artifact
+    inputs: dict[str, Artifact]
+
+    @property
+    def storage(self) -> Storage:
+        return self.output.storage
+
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.storage, self.inputs["corpus"].path)
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """`model.json` beside `model.safetensors`: what is needed to build the network again."""
+
+    kind: str  # "hubert" | "ctc"
+    size: ModelSize
+    classes: tuple[int, ...] = ()  # clusters per label stream; empty for ctc
+
+
+@dataclass(frozen=True)
+class ModelAt:
+    """A model on storage, named so that any worker can load it; None as path stands for random weights."""
+
+    storage: Storage
+    path: str
+
+    def card(self) -> ModelCard:
+        return msgspec.json.decode(self.storage.read(f"{self.path}/{layout.MODEL_CONFIG}"), type=ModelCard)
+
+    def hubert(self) -> Hubert:
+        """The pretrained model, in eval mode."""
+        card = self.card()
+        model = Hubert(card.size, card.classes)
+        model.load_state_dict(self._weights())
+        return model.eval()
+
+    def untrained(self, seed: int) -> Hubert:
+        """A model of the same shape with random weights, in eval mode."""
+        torch.manual_seed(seed)
+        card = self.card()
+        return Hubert(card.size, card.classes).eval()
+
+    def ctc(self) -> HubertCtc:
+        """The recogniser, in eval mode."""
+        model = HubertCtc(self.card().size)
+        model.load_state_dict(self._weights())
+        return model.eval()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load(self.storage.read(f"{self.path}/{layout.MODEL}"))
+
+
+def model_at(artifact: Artifact) -> ModelAt:
+    return ModelAt(artifact.storage, artifact.path)
+
+
+@dataclass(frozen=True)
+class TeacherAt:
+    """A teacher that any worker can open."""
+
+    teacher: Teacher
+    model: ModelAt | None  # None for MFCC
+
+    def open(self) -> FeatureExtractor:
+        if isinstance(self.teacher, Mfcc):
+            return MfccExtractor()
+        assert self.model is not None
+        hubert = self.model.hubert()
+        return LayerExtractor(hubert, self.teacher.layer, hubert.size.normalize_waveform)
+
+
+def teacher_at(work: Work, teacher: Teacher) -> TeacherAt:
+    return TeacherAt(teacher, model_at(work.inputs["teacher"]) if "teacher" in work.inputs else None)

@@ -1,0 +1,81 @@
+"""raw speech -> tar shards of the original compressed audio and a manifest.
+
+Shards are planned from names and sizes alone, then written side by side on Ray Data. Every recording is decoded once to
+see that it can be; what cannot be used is a row of quarantine.parquet with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hubert_ray.config.recipe import Corpus
+from hubert_ray.data.corpora import Group, open_source, plan_shards
+from hubert_ray.data.shards import write_shard
+from hubert_ray.distributed.shard_map import shard_map
+from hubert_ray.errors import CorpusError
+from hubert_ray.stages.context import Work
+from hubert_ray.storage import layout, schemas
+from hubert_ray.storage.filesystem import Storage
+
+
+@dataclass(frozen=True)
+class _ShardWriter:
+    """Writes one shard: tar, then manifest part, then quarantine part; the last one marks the shard as done."""
+
+    storage: Storage
+    path: str
+    corpus: Corpus
+    plan: dict[str, list[Group]]
+
+    def __call__(self, shard: str) -> dict[str, Any]:
+        source = open_source(self.corpus)
+        utterances = (utterance for group in self.plan[shard] for utterance in source.read(group))
+        tables = write_shard(self.storage, self.path, shard, utterances)
+        self.storage.write(f"{self.path}/{layout.part(shard)}", schemas.encode(tables.manifest))
+        self.storage.write(f"{self.path}/{_quarantine_part(shard)}", schemas.encode(tables.quarantine))
+        return {"utterances": tables.manifest.num_rows}
+
+
+def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
+    """Writes the corpus artifact. Raises CorpusError where the source is unusable as a whole."""
+    storage, path = work.storage, work.output.path
+    plan = plan_shards(open_source(corpus).groups(), corpus.shard_mib * 2**20)
+    missing = [shard for shard in plan if not storage.exists(f"{path}/{_quarantine_part(shard)}")]
+    for row in shard_map(partial(_ShardWriter, storage, path, corpus, plan), missing, work.cluster):
+        print(f"prepare_data  {row['shard']}  {row['utterances']} utterances", flush=True)
+    manifest = _merge(storage, path, [layout.part(s) for s in plan], layout.MANIFEST, schemas.MANIFEST)
+    quarantine = _merge(storage, path, [_quarantine_part(s) for s in plan], layout.QUARANTINE, schemas.QUARANTINE)
+    if not manifest:
+        raise CorpusError(f"no usable utterance: all {quarantine} recordings are in {path}/{layout.QUARANTINE}")
+    return {"utterances": manifest, "quarantined": quarantine, "shards": len(plan)}
+
+
+def _quarantine_part(shard: str) -> str:
+    return f"quarantine/{shard}.parquet"
+
+
+def _merge(storage: Storage, path: str, parts: list[str], name: str, schema) -> int:
+    """Concatenates parts to one table, a row group each; memory holds one part. Returns the number of rows."""
+    rows = 0
+    seen: set[int] = set()
+    with storage.create(f"{path}/{name}") as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+        for part in parts:
+            table = schemas.decode(storage.read(f"{path}/{part}"))
+            writer.write_table(table)
+            rows += table.num_rows
+            if "utterance_id" in schema.names:
+                _refuse_repeated_ids(table["utterance_id"], seen, part)
+    return rows
+
+
+def _refuse_repeated_ids(ids, seen: set[int], part: str) -> None:
+    """Ids are the key of every join. Kept as 64-bit hashes: 8 bytes of information per utterance, not the strings."""
+    for name in pc.unique(ids).to_pylist():
+        if hash(name) in seen:
+            raise CorpusError(f"utterance id '{name}' in {part} occurs in an earlier shard too; ids must be unique")
+        seen.add(hash(name))

@@ -1,0 +1,1 @@
+"""Where a run's files live and when they may be trusted. No torch, no Ray."""

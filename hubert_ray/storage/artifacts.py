@@ -1,0 +1,134 @@
+"""When does a stage run again, and when may its output be trusted?
+
+An artifact is a folder with an identity: the stage, the settings that shape its content, and the identities of its
+inputs, hashed to a fingerprint. `_STARTED` claims the folder before work begins, `_SUCCESS` seals it afterwards.
+
+    no claim              -> run
+    claimed, same         -> go on from the parts or checkpoints that are there
+    sealed, same          -> skip
+    claimed or sealed for another identity -> StaleArtifactError that names both values
+
+Worker counts, GPUs and storage places are not part of an identity, so they never make anything stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from hubert_ray.errors import StaleArtifactError, UnsealedArtifactError
+from hubert_ray.storage import layout, schemas
+from hubert_ray.storage.filesystem import Storage
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What an artifact is, apart from where and how it was made."""
+
+    stage: str  # kind of stage, such as "pretrain"
+    settings: dict[str, Any]  # plain data: the identity-bearing settings
+    inputs: dict[str, str]  # name of each input artifact -> its fingerprint
+    schema_version: int = schemas.VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the canonical JSON of all fields."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """Content of `_SUCCESS`."""
+
+    identity: Identity
+    fingerprint: str
+    facts: dict[str, Any]  # rows, seconds, versions, hardware: what was done, not what was asked
+
+
+def identity_of(stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Identity:
+    """An identity whose settings went through JSON once, so that it compares equal to one read back."""
+    return Identity(stage, msgspec.json.decode(msgspec.json.encode(settings)), inputs)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder on storage together with the identity it must have."""
+
+    storage: Storage
+    path: str
+    identity: Identity
+
+    def file(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def seal_or_none(self) -> Seal | None:
+        """The seal, or None where the artifact is not finished.
+
+        Raises StaleArtifactError where the folder is sealed or claimed for another identity.
+        """
+        for name in (layout.SEAL, layout.CLAIM):
+            if not self.storage.exists(self.file(name)):
+                continue
+            data = self.storage.read(self.file(name))
+            found = msgspec.json.decode(data, type=Seal) if name == layout.SEAL else None
+            identity = found.identity if found else msgspec.json.decode(data, type=Identity)
+            if identity != self.identity:
+                raise StaleArtifactError(self._difference(identity, sealed=found is not None))
+            return found
+        return None
+
+    def claim(self) -> None:
+        """Marks the folder as being worked on for this identity."""
+        self.storage.write(self.file(layout.CLAIM), msgspec.json.encode(self.identity, order="deterministic"))
+
+    def seal(self, facts: dict[str, Any]) -> None:
+        """Declares the artifact finished. Every other file must have been written before."""
+        seal = Seal(self.identity, self.identity.fingerprint, facts)
+        self.storage.write(self.file(layout.SEAL), msgspec.json.format(msgspec.json.encode(seal), indent=2))
+
+    def require(self) -> Seal:
+        """The seal of an artifact that a stage needs as input."""
+        seal = self.seal_or_none()
+        if seal is None:
+            raise UnsealedArtifactError(
+                f"{self.storage.url}: '{self.path}' is needed but has not been finished. Run that stage first, "
+                "or `hubert-ray run`, which runs whatever is missing in order."
+            )
+        return seal
+
+    def read(self, name: str) -> bytes:
+        return self.storage.read(self.file(name))
+
+    def read_json(self, name: str) -> Any:
+        return msgspec.json.decode(self.read(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.storage.write(self.file(name), msgspec.json.format(msgspec.json.encode(value), indent=1))
+
+    def _difference(self, found: Identity, sealed: bool) -> str:
+        rows = [
+            f"  {name}: {there!r} on storage, {here!r} in the recipe"
+            for name, there, here in _differences(_plain(found), _plain(self.identity))
+        ]
+        return (
+            f"'{self.path}' was {'made' if sealed else 'begun'} from other settings than this recipe's:\n"
+            + "\n".join(rows)
+            + "\nWays out: give the run another name (--set name=…), go back to the old settings, "
+            f"or remove it and what was made from it: hubert-ray remove {self.path}"
+        )
+
+
+def _plain(identity: Identity) -> dict[str, Any]:
+    return {"stage": identity.stage, **identity.settings, "inputs": identity.inputs, "schema": identity.schema_version}
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, value there, value here) for every leaf that differs."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        rows = []
+        for key in sorted(there.keys() | here.keys()):
+            dotted = f"{name}.{key}" if name else key
+            rows += _differences(there.get(key, "(absent)"), here.get(key, "(absent)"), dotted)
+        return rows
+    return [] if there == here else [(name, there, here)]

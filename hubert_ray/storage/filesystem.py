@@ -1,0 +1,124 @@
+"""How are files read and written, on a local disk or in an object store?
+
+One small class over pyarrow's file systems: local paths, `s3://…` and `gs://…` URLs (an S3-compatible server is named in
+the URL: `s3://bucket/run?endpoint_override=host:port&scheme=http`). A written file is whole or absent: object stores
+show an upload when it closes, and on a local disk the bytes go to a hidden neighbour that then takes the name.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+
+class Storage:
+    """A folder, addressed by URL or path; all paths given to its methods are relative to it, with forward slashes."""
+
+    def __init__(self, url: str):
+        self.url = url
+        if "://" in url:
+            self.filesystem, root = fs.FileSystem.from_uri(url)
+        else:
+            self.filesystem, root = fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+        self.root = root.rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    def __reduce__(self):
+        # Rebuilt from its URL wherever it lands; a relative local path means the same folder on every worker.
+        return Storage, (self.url if "://" in self.url else self.root,)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def full(self, path: str) -> str:
+        return posixpath.join(self.root, path) if path else self.root
+
+    def exists(self, path: str) -> bool:
+        return self.filesystem.get_file_info(self.full(path)).type != fs.FileType.NotFound
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        return self.filesystem.get_file_info(self.full(path)).size
+
+    def read(self, path: str) -> bytes:
+        with self.filesystem.open_input_file(self.full(path)) as file:
+            return file.read()
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A random-access reader; the caller closes it."""
+        return self.filesystem.open_input_file(self.full(path))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Writes a whole file, replacing what was there; a reader or a crash never sees half of it."""
+        with self.create(path) as file:
+            file.write(data)
+
+    def create(self, path: str) -> _Writer:
+        """A writer for files too large for memory. Use it as a context manager; the file appears when it closes."""
+        return _Writer(self, self.full(path))
+
+    def list(self, path: str, recursive: bool = False) -> list[str]:
+        """Names of the files below `path`, relative to it, sorted; nothing where the folder does not exist."""
+        selector = fs.FileSelector(self.full(path), recursive=recursive, allow_not_found=True)
+        prefix = self.full(path) + "/"
+        found = (info.path for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+        return sorted(name.removeprefix(prefix) for name in found if not posixpath.basename(name).startswith(".part-"))
+
+    def folders(self, path: str) -> list[str]:
+        """Names of the folders directly in `path`, sorted."""
+        selector = fs.FileSelector(self.full(path), recursive=False, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+    def delete(self, path: str) -> None:
+        """Removes a file or a whole folder; it may be absent."""
+        info = self.filesystem.get_file_info(self.full(path))
+        if info.type == fs.FileType.Directory:
+            self.filesystem.delete_dir(info.path)
+        elif info.type == fs.FileType.File:
+            self.filesystem.delete_file(info.path)
+
+    def upload(self, folder: Path, path: str) -> None:
+        """Copies a local folder's files to `path`."""
+        for file in _files(folder):
+            self.write(posixpath.join(path, file.relative_to(folder).as_posix()), file.read_bytes())
+
+
+class _Writer:
+    """A file that appears under its name only when it is closed without an error."""
+
+    def __init__(self, storage: Storage, target: str):
+        self._filesystem = storage.filesystem
+        self._target = target
+        folder, name = posixpath.split(target)
+        self._temporary = target
+        if storage.is_local:
+            self._filesystem.create_dir(folder, recursive=True)
+            self._temporary = posixpath.join(folder, f".part-{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+    def __enter__(self) -> pa.NativeFile:
+        self._file = self._filesystem.open_output_stream(self._temporary)
+        return self._file
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self._file.close()
+            if self._temporary != self._target:
+                self._filesystem.move(self._temporary, self._target)
+        elif self._temporary != self._target:
+            self._file.close()
+            self._filesystem.delete_file(self._temporary)
+        # An object-store upload that failed is left unclosed on purpose: closing it would publish half a file.
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())

@@ -1,0 +1,48 @@
+"""Where does each file of a corpus or a run live? Every path, as a function, relative to the storage root."""
+
+from __future__ import annotations
+
+SEAL = "_SUCCESS"  # written last; without it a folder is never read
+CLAIM = "_STARTED"  # written first; tells whose half-done work a folder holds
+
+MANIFEST = "manifest.parquet"
+QUARANTINE = "quarantine.parquet"
+CENTROIDS = "centroids.npy"
+HISTORY = "history.json"
+QUALITY = "quality.json"
+MODEL = "model.safetensors"
+MODEL_CONFIG = "model.json"
+METRICS = "metrics.jsonl"
+REPORTS = "reports.json"
+
+
+def corpus(name: str) -> str:
+    return f"corpora/{name}"
+
+
+def run(name: str) -> str:
+    return f"runs/{name}"
+
+
+def recipe(name: str) -> str:
+    return f"runs/{name}/recipe.json"
+
+
+def artifact(run_name: str, stage: str) -> str:
+    """Folder of a stage's artifact; `stage` is its full name, such as `iter1/pretrain` or `decode`."""
+    return f"runs/{run_name}/{stage}"
+
+
+def audio_shard(shard: str) -> str:
+    """A tar of compressed audio, inside a corpus folder."""
+    return f"audio/{shard}.tar"
+
+
+def part(shard: str) -> str:
+    """The rows that belong to one audio shard, inside the folder of any per-shard table."""
+    return f"parts/{shard}.parquet"
+
+
+def checkpoint(step: int) -> str:
+    """A training checkpoint, inside the folder of a training artifact."""
+    return f"checkpoints/step-{step:08d}"

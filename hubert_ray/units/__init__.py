@@ -1,0 +1,1 @@
+"""Features, clusters and how good they are. torch, numpy and faiss; no Ray."""

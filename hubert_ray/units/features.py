@@ -1,0 +1,88 @@
+"""What does a teacher see? Features of whole utterances behind one signature: MFCC, or a layer of a trained model.
+
+    teacher(waves) -> one (F, D) float32 array per waveform, F frames at `teacher.frame_rate_hz`
+
+Extension point: a new teacher is a class with `frame_rate_hz`, `dim` and `__call__`, and a tag in config/recipe.py.
+Notation: S samples at 16 kHz, F feature frames, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+import torchaudio.compliance.kaldi
+import torchaudio.functional
+
+from hubert_ray.data.audio import normalise
+from hubert_ray.data.collate import pad
+from hubert_ray.data.frames import SAMPLE_RATE, frames_of
+from hubert_ray.model.hubert import Hubert
+
+
+class FeatureExtractor(Protocol):
+    """Deterministic features of whole utterances; the same whatever they are batched with."""
+
+    frame_rate_hz: int
+    dim: int
+
+    def __call__(self, waves: list[np.ndarray]) -> list[np.ndarray]: ...
+
+
+class MfccExtractor:
+    """13 cepstra with first and second deltas, 100 Hz (PAPER section 3.1): Kaldi's MFCC without energy, mean subtraction
+    or dither, on waveforms in [-1, 1]; frames are 25 ms long, 10 ms apart, none reaching over the edges."""
+
+    frame_rate_hz = 100
+    dim = 39
+
+    def __call__(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+        return [self._one(wave_S) for wave_S in waves]
+
+    @staticmethod
+    def _one(wave_S: np.ndarray) -> np.ndarray:
+        wave_1S = torch.from_numpy(wave_S).unsqueeze(0)
+        mfcc_FC = torchaudio.compliance.kaldi.mfcc(wave_1S, sample_frequency=SAMPLE_RATE, use_energy=False)
+        static_CF = mfcc_FC.T
+        delta_CF = torchaudio.functional.compute_deltas(static_CF)
+        second_CF = torchaudio.functional.compute_deltas(delta_CF)
+        return torch.cat([static_CF, delta_CF, second_CF]).T.contiguous().numpy()
+
+
+class LayerExtractor:
+    """Output of transformer block `layer` at 50 Hz: 1-based, after the residual (PAPER section 3.3). Layer 0 is the input
+    of the first block. Utterances are padded together only as far as masked statistics keep each one's result its own."""
+
+    frame_rate_hz = 50
+
+    def __init__(self, model: Hubert, layer: int, normalize: bool, batch_seconds: float = 60.0):
+        self._model = model.eval()
+        self._layer = layer
+        self._normalize = normalize
+        self._batch_samples = int(batch_seconds * SAMPLE_RATE)
+        self.dim = model.size.dim
+
+    @torch.inference_mode()
+    def __call__(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+        waves = [normalise(wave_S) for wave_S in waves] if self._normalize else waves
+        results: list[np.ndarray] = [np.empty(0)] * len(waves)
+        for chosen in _batches([len(wave_S) for wave_S in waves], self._batch_samples):
+            batch = pad([waves[i] for i in chosen])
+            hidden_BTD = self._model.features(batch.wave_BS, self._layer, batch.samples_B)
+            for row, i in enumerate(chosen):
+                results[i] = hidden_BTD[row, : frames_of(len(waves[i]))].float().numpy()
+        return results
+
+
+def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Positions grouped by similar length, at most `budget` padded samples a group."""
+    chosen: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chosen and (len(chosen) + 1) * lengths[i] > budget:
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    if chosen:
+        yield chosen

@@ -1,0 +1,63 @@
+"""What should the fast code compute? Slow, literal oracles, written from the papers' definitions and not from our code."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+
+def frames_by_convs(samples: int) -> int:
+    """Output length of seven convolutions, one after the other."""
+    for kernel, stride in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True):
+        samples = (samples - kernel) // stride + 1
+        if samples <= 0:
+            return 0
+    return samples
+
+
+def positive_first_nats(projected_ND: torch.Tensor, table_CD: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """fairseq's form of the loss: the true codeword at index 0, then all codewords, those equal to the true one at -inf."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row, label in zip(projected_ND.double(), labels_N.tolist(), strict=True):
+        candidates = torch.cat([table_CD[label][None], table_CD]).double()
+        scores = torch.cosine_similarity(row[None], candidates, dim=1) / 0.1
+        same = (candidates == candidates[0]).all(dim=1)
+        same[0] = False
+        scores = scores.masked_fill(same, -math.inf)
+        total = total + torch.logsumexp(scores, 0) - scores[0]
+    return total
+
+
+def slow_spans(frames: int, prob: float, length: int, min_spans: int, rng: np.random.Generator) -> set[int]:
+    """One row's hidden frames, span by span."""
+    spans = max(min_spans, math.floor(prob * frames / length + rng.uniform()))
+    starts: list[int] = []
+    while len(starts) < spans:
+        start = int(rng.integers(0, frames - length))
+        if start not in starts:
+            starts.append(start)
+    return {frame for start in starts for frame in range(start, start + length)}
+
+
+def slow_equalised_count(frames: int, prob: float, length: int, min_spans: int, batches: int, rows: int = 8) -> float:
+    """Mean over batches of the smallest masked count of `rows` rows."""
+    rng = np.random.default_rng(99)
+    counts = [min(len(slow_spans(frames, prob, length, min_spans, rng)) for _ in range(rows)) for _ in range(batches)]
+    return sum(counts) / batches
+
+
+def slow_tri_stage(steps: int, warmup: int, hold: int, decay: int, peak: float, final_scale: float) -> list[float]:
+    """The tri-stage rate of every update, by stepping through it."""
+    rates, lr = [], 0.01 * peak
+    for _ in range(warmup):
+        rates.append(lr)
+        lr += (peak - 0.01 * peak) / warmup
+    rates += [peak] * hold
+    lr = peak
+    for _ in range(decay):
+        rates.append(lr)
+        lr *= final_scale ** (1 / decay)
+    rates += [peak * final_scale] * (steps - len(rates))
+    return rates[:steps]
