@@ -1,4 +1,4 @@
-"""What should the fast code compute? Slow, literal oracles, written from the papers' definitions and not from our code."""
+"""What should the fast code compute? Slow, literal oracles, written from the papers' definitions, not from our code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def frames_by_convs(samples: int) -> int:
 
 
 def positive_first_nats(projected_ND: torch.Tensor, table_CD: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """fairseq's form of the loss: the true codeword at index 0, then all codewords, those equal to the true one at -inf."""
+    """fairseq's form of the loss: the true codeword at index 0, then all codewords, its equals at -inf."""
     total = torch.zeros((), dtype=torch.float64)
     for row, label in zip(projected_ND.double(), labels_N.tolist(), strict=True):
         candidates = torch.cat([table_CD[label][None], table_CD]).double()

@@ -22,7 +22,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     data_cpus: float = 1.0  # per actor
     data_gpus: float = 0.0  # per actor
     kmeans_workers: int = 2  # actors that hold the feature sample
-    concurrent_trials: int = 2  # fine-tuning trials side by side, each with one training worker
+    concurrent_trials: int = 2  # fine-tuning trials side by side
+    trial_workers: int = 1  # training workers of each trial
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"
     max_failures: int = 3  # lost workers that a stage survives

@@ -1,7 +1,7 @@
-"""How are many training runs searched? Ray Tune with ASHA over trials, each its own Ray Train run.
+"""How are many training runs searched? Ray Tune with ASHA over trials.
 
-A trial is a driver function that fits a TorchTrainer and passes what its workers report on to Tune. Trials are listed by
-the caller, so what is tried depends on the recipe alone; ASHA stops the worse half at each rung. Which trials it stops can
+A trial of one worker trains in its own process; a trial of several drives a Ray Train run of its own and passes on what its
+workers report. Trials are listed by the caller, so what is tried depends on the recipe alone; ASHA stops the worse half at each rung. Which trials it stops can
 depend on the order in which results arrive, hence on the number of trials side by side; the winner is always taken
 among those that reached the end.
 
@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.distributed.shard_map import user_error
-from hubert_ray.distributed.train_loop import TrainJob, fit, reports
+from hubert_ray.distributed.train_loop import TrainJob, fit, reports, train_alone
 from hubert_ray.storage.filesystem import Storage
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def run_trials(
 ) -> list[TrialResult]:
     """Runs all trials, fewest `metric` wins, stopping the worse half at each rung. Results in the order of `trials`."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    trainable = tune.with_resources(tune.with_parameters(_drive, trials=trials, cluster=cluster), {"cpu": 0})
+    trainable = tune.with_resources(tune.with_parameters(_drive, trials=trials, cluster=cluster), _resources(cluster))
     path = storage.full(folder)
     if Tuner.can_restore(path, storage_filesystem=storage.filesystem):
         tuner = Tuner.restore(
@@ -78,7 +78,16 @@ def run_trials(
     return [TrialResult(trial.name, reports(trial.job.storage, trial.job.folder)) for trial in trials]
 
 
+def _resources(cluster: Cluster) -> dict[str, float]:
+    if cluster.trial_workers > 1:
+        return {"cpu": 0.1}  # the trial only waits for its workers, who ask for their own
+    return {"cpu": cluster.train_cpus, "gpu": cluster.train_gpus}
+
+
 def _drive(config: dict[str, Any], trials: list[Trial], cluster: Cluster) -> None:
-    """One Tune trial: a Ray Train run on one worker, reporting to Tune."""
-    trial = trials[config["trial"]]
-    fit(trial.job, cluster, workers=1, callbacks=[TuneReportCallback()])
+    """One Tune trial."""
+    job = trials[config["trial"]].job
+    if cluster.trial_workers > 1:
+        fit(job, cluster, cluster.trial_workers, callbacks=[TuneReportCallback()])
+    else:
+        train_alone(job, cluster, tune.report)

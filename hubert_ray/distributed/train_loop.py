@@ -11,6 +11,8 @@ killed driver and a changed number of workers the same case.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -87,11 +89,14 @@ class TrainJob:
     clip_norm: float
     checkpoint_steps: int
     log_steps: int
-    report_steps: tuple[int, ...] = ()  # after these many steps: evaluate, and tell Ray Train (and through it Tune)
+    report_steps: tuple[int, ...] = ()  # after these many steps: evaluate, and report
 
 
 def fit(job: TrainJob, cluster: Cluster, workers: int, callbacks: list[Any] | None = None) -> None:
-    """Trains to the end, over lost workers, and leaves `model.safetensors` and `metrics.jsonl` in the job's folder."""
+    """Trains to the end on Ray Train workers, over lost ones; leaves `model.safetensors` and `metrics.jsonl`.
+
+    `callbacks` are Ray Train's; a Tune trial passes one that carries reports on.
+    """
     if cluster.train_workers_min and workers > 1:
         scale: int | tuple[int, int] = (cluster.train_workers_min, workers)
     else:
@@ -132,8 +137,28 @@ def reports(storage: Storage, folder: str) -> list[dict[str, float]]:
 
 def _worker(config: dict[str, Any]) -> None:
     """The training function of one Ray Train worker."""
-    job, cluster = config["job"], config["cluster"]
-    device = ray.train.torch.get_device()
+    report = ray.train.report if config["job"].report_steps else None
+    train(config["job"], config["cluster"], ray.train.torch.get_device(), report)
+
+
+def train_alone(job: TrainJob, cluster: Cluster, report: Callable[[dict[str, float]], None]) -> None:
+    """The same training by this process only, for callers that are a worker already, such as a Tune trial."""
+    device = torch.device("cuda" if cluster.train_gpus else "cpu")
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them even beside a process group
+    with tempfile.TemporaryDirectory(prefix="hubert-ray-rendezvous-") as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            train(job, cluster, device, report)
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def train(
+    job: TrainJob, cluster: Cluster, device: torch.device, report: Callable[[dict[str, float]], None] | None
+) -> None:
+    """One worker's part, inside an initialised process group: find the newest checkpoint, go on to the last step."""
     torch.set_num_threads(max(1, int(cluster.train_cpus)))
     torch.manual_seed(job.seed)  # the same initial weights on every rank
     task = job.factory()
@@ -146,15 +171,23 @@ def _worker(config: dict[str, Any]) -> None:
     engine = zero.engine(task.module, task.optimizer, cluster, -(-task.micro_batches // world), job.clip_norm)
     if start:
         checkpoint.load_optimizer(engine, start, job.storage, job.folder)
-    loop = _Loop(job, cluster, task, engine, device)
-    loop.run(start)
+    _Loop(job, cluster, task, engine, device, report).run(start)
 
 
 class _Loop:
     """The steps of one worker."""
 
-    def __init__(self, job: TrainJob, cluster: Cluster, task: Task, engine: Any, device: torch.device):
+    def __init__(
+        self,
+        job: TrainJob,
+        cluster: Cluster,
+        task: Task,
+        engine: Any,
+        device: torch.device,
+        report: Callable[[dict[str, float]], None] | None,
+    ):
         self._job, self._cluster, self._task, self._engine, self._device = job, cluster, task, engine, device
+        self._report_to = report
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._sums: torch.Tensor | None = None
 
@@ -230,7 +263,7 @@ class _Loop:
         return {"step": done, **row, "learning_rate": self._task.learning_rate(done - 1), "seconds": seconds}
 
     def _report(self, done: int) -> None:
-        """Evaluates and tells Ray Train. Exported first: a scheduler may end the trial as soon as it hears of a result."""
+        """Evaluates and tells whoever asked. Exported first: a scheduler may end a trial as soon as it hears of a result."""
         self._export()
         self._engine.eval()
         scores = self._task.evaluate()
@@ -239,7 +272,8 @@ class _Loop:
             earlier = [row for row in reports(self._job.storage, self._job.folder) if row["step"] < done]
             data = msgspec.json.encode([*earlier, {"step": done, **scores}])
             self._job.storage.write(f"{self._job.folder}/{layout.REPORTS}", data)
-        ray.train.report({"step": done, **scores})
+        if self._report_to:
+            self._report_to({"step": done, **scores})
 
     def _export(self) -> None:
         """Writes the weights as one file, float32. Collective."""

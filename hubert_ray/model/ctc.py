@@ -70,7 +70,7 @@ class HubertCtc(nn.Module):
         channel_mask_BD: Tensor | None = None,
         kept_layers: list[bool] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(fp32 log_probs_BTV, frames_B). Padding beyond `samples_B` changes nothing; frames beyond frames_B are garbage."""
+        """(fp32 log_probs_BTV, frames_B). Padding changes nothing; frames beyond frames_B are garbage."""
         kept_layers = self.encoder.draw_kept_layers() if kept_layers is None else kept_layers
         frames_B = valid_frame_counts(samples_B, wave_BS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):

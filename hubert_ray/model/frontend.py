@@ -1,7 +1,8 @@
 """How does a waveform become frames, and how do frames learn their position? The two convolutions of HuBERT.
 
-`ConvEncoder`: 7 convs without bias, 320 samples to a frame, GELU; GroupNorm (one group per channel, over time) after the
-first (Base) or LayerNorm over channels after each (Large, X-Large). `PositionalConv`: 128 taps, 16 groups, weight norm.
+`ConvEncoder`: 7 convs without bias, 320 samples to a frame, GELU; GroupNorm (one group per channel, over time) after
+the first (Base) or LayerNorm over channels after each (Large, X-Large).
+`PositionalConv`: 128 taps, 16 groups, weight norm.
 Everything is channels-last, so that norms and matrix products read memory in order. On CPUs, where torch's convolutions
 run at half the speed of its matrix products, the strided convs are matrix products and the positional conv is an FFT.
 
@@ -92,7 +93,7 @@ class ConvEncoder(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """Grouped conv over time with weight norm over the kernel axis: one gain per tap. Its output is added to its input."""
+    """Grouped conv over time with weight norm over the kernel axis: one gain per tap. The caller adds its input."""
 
     def __init__(self, dim: int, kernel: int, groups: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """What is the HuBERT network? Conv encoder, positional conv, transformer, prediction head; and every layer's output.
 
-The order of operations (PAPER 1.2): waveform -> 7 convs -> (gradient scale, feature penalty) -> LayerNorm, Linear, dropout
--> masked frames overwritten by one learned vector -> positional conv added -> transformer -> codeword head.
+The order of operations (PAPER 1.2): waveform -> 7 convs -> (gradient scale, feature penalty) -> LayerNorm, Linear,
+dropout -> masked frames overwritten by one learned vector -> positional conv added -> transformer -> codeword head.
 
 `Encoder` is the body that pretraining and the recogniser share; `Hubert` is the body with the masked-prediction head.
 Padding: with `samples_B` every statistic is taken over valid samples only, so a padded batch equals batches of one.

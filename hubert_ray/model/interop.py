@@ -1,9 +1,9 @@
 """How do weights get in from, and out to, Hugging Face and torchaudio? Dict to dict, without importing either.
 
-Our side is the state dict of `hubert.Encoder`; the head has no counterpart there. Three things differ besides names: our
-q, k and v are one matrix; the positional conv's weight norm is spelled `weight_g`, `weight_v` or, by newer torch,
-`parametrizations.weight.original0`, `original1` (both are read, either is written); and torchaudio's encoder has no mask
-vector, which then becomes zeros: fine for features, and to be known before fine-tuning.
+Our side is the state dict of `hubert.Encoder`; the head has no counterpart there. Three things differ besides names:
+our q, k and v are one matrix; the positional conv's weight norm is spelled `weight_g`, `weight_v` or, by newer torch,
+`parametrizations.weight.original0`, `.original1` (both are read, either is written). torchaudio's encoder has no
+mask vector, which then becomes zeros: fine for features, and to be known before fine-tuning.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _inward(state: Mapping[str, Tensor], theirs: Mapping[str, str]) -> State:
 
 
 def _unwrapped(state: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
-    """The inner model's names if `state` is that of a model around it; a head's and a mask generator's are sorted out."""
+    """The inner model's names if `state` is that of a model around it; a head's are left out."""
     if not any(name.startswith(prefix) for name in state):
         return state
     inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -2,9 +2,9 @@
 
 Masked prediction (PAPER section 9): total = masked_weight * CE_masked + unmasked_weight * CE_unmasked
 + feature_penalty * penalty * frames, where CE are *sums* in nats over frames and label streams. The caller divides
-gradients and metrics by `frames` summed over all workers, so that the mean is taken over the global batch, never a mean of
-means. The cosine head scores selected frames only: hidden ones, and the others only if they carry weight. The accuracy on
-unmasked frames is then a sample of them.
+gradients and metrics by `frames` summed over all workers: a mean over the global batch, never a mean of means.
+The cosine head scores selected frames only: hidden ones, and the others only if they carry weight; else the accuracy on
+unmasked frames is that of a sample of them.
 
 Shapes: B utterances, T frames at 50 Hz, D width, N selected frames, K label streams, U letters, V letters + blank.
 """
@@ -110,8 +110,8 @@ def _checked_labels(labels: Tensor, mask_BT: Tensor, streams: int) -> Tensor:
 def ctc_loss_sum(log_probs_BTV: Tensor, frames_B: Tensor, letters_BU: Tensor, letters_B: Tensor) -> Tensor:
     """CTC loss in nats summed over utterances; divide by the global number of utterances.
 
-    `letters_BU` is padded with anything, `letters_B` are its lengths. An utterance with more letters than frames can align
-    has infinite loss and counts as zero. fp32 whatever the model computes in.
+    `letters_BU` is padded with anything, `letters_B` are its lengths. An utterance with more letters than frames can
+    align has infinite loss and counts as zero. fp32 whatever the model computes in.
     """
     return F.ctc_loss(
         log_probs_BTV.float().transpose(0, 1),

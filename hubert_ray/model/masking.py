@@ -1,8 +1,8 @@
 """Which frames are hidden? Span masks of pretraining, time and channel masks of fine-tuning.
 
 A pretraining mask is a pure function of (seed, step, micro batch, row): the number of workers never changes it.
-fairseq draws each row's spans and then un-masks random frames until all 8 rows of a batch hide as many frames as the row
-that hides fewest. Here that number is a constant per length (`masked_count`, the expectation of fairseq's), so every
+fairseq draws each row's spans and then un-masks random frames until all 8 rows of a batch hide as many frames as the
+row that hides fewest. Here that number is a constant per length (`masked_count`, fairseq's expectation), so every
 micro batch of a length has the same shape and the masked share does not depend on the batch.
 
 Shapes: B utterances, T frames at 50 Hz, D width. PAPER 10.3; PITFALLS E13.
@@ -40,7 +40,7 @@ class FinetuneMask:
 def span_mask(frames: int, mask: Mask, rng: np.random.Generator) -> np.ndarray:
     """One row before equalising: spans of `mask.length`, starts without replacement, overlaps allowed. bool (T,)
 
-    The number of spans is prob * T / length, rounded up or down at random to keep its expectation, at least `min_spans`.
+    The number of spans is prob * T / length, rounded up or down at random, at least `min_spans`.
     No span starts later than T - length - 1, so the last frame is never hidden.
     """
     spans = max(mask.min_spans, int(mask.prob * frames / mask.length + rng.random()))

@@ -49,7 +49,7 @@ def polynomial_lr(step: int, steps: int, warmup_share: float, peak: float) -> fl
 
 
 def tri_stage_lr(step: int, steps: int, shares: tuple[float, float, float], peak: float, final_scale: float) -> float:
-    """Linear from 1 % of `peak` over the first share, held over the second, exponential to `final_scale` over the third."""
+    """Linear from 1 % of `peak` over the first share, held over the second, exponential to `final_scale` at last."""
     warmup, hold, decay = (round(steps * share) for share in shares)
     if step < warmup:
         scale = TRI_STAGE_INITIAL_SCALE + (1 - TRI_STAGE_INITIAL_SCALE) * step / warmup

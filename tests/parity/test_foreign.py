@@ -40,7 +40,7 @@ def torchaudio_model(size: ModelSize):
 
     return wav2vec2_model(
         extractor_mode="group_norm" if size.conv_norm == "group" else "layer_norm",
-        extractor_conv_layer_config=[(size.conv_channels, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))],
+        extractor_conv_layer_config=[(size.conv_channels, k, s) for k, s in [(10, 5)] + [(3, 2)] * 4 + [(2, 2)] * 2],
         extractor_conv_bias=False,
         encoder_embed_dim=size.dim,
         encoder_projection_dropout=0.0,

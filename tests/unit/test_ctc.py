@@ -30,7 +30,8 @@ def test_padding_changes_nothing(size):
     samples_B = torch.tensor([9000, 4001, 7777])
     wave_BS = torch.randn(3, 9000)
     batched, frames_B = model(wave_BS, samples_B)
-    assert batched.dtype == torch.float32 and batched.exp().sum(2).allclose(torch.ones(3, 27))
+    assert batched.dtype == torch.float32
+    assert batched.exp().sum(2).allclose(torch.ones(3, 27))
     for row, samples in enumerate(samples_B.tolist()):
         alone, frames = model(wave_BS[row : row + 1, :samples], samples_B[row : row + 1])
         assert frames == frames_B[row] == alone.shape[1]
@@ -46,14 +47,16 @@ def test_starts_from_the_pretrained_encoder_output(size):
     expected = model.head(hubert.features(wave_BS)).log_softmax(2)
     assert torch.equal(model(wave_BS, torch.tensor([8000]))[0], expected)
     bound = (6 / (32 + 29)) ** 0.5
-    assert model.head.weight.abs().max().item() == pytest.approx(bound, rel=0.02) and not model.head.bias.any()
+    assert model.head.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
+    assert not model.head.bias.any()
 
 
 def test_conv_encoder_never_learns_but_its_projection_does():
     model = recogniser().train()
     step(model)
     assert all(parameter.grad is None for parameter in model.encoder.conv.parameters())
-    assert model.encoder.projection.weight.grad.any() and model.encoder.layers[0].qkv.weight.grad.any()
+    assert model.encoder.projection.weight.grad.any()
+    assert model.encoder.layers[0].qkv.weight.grad.any()
 
 
 def test_only_the_head_learns_while_frozen():

@@ -21,7 +21,7 @@ def test_frames_are_those_of_seven_convolutions():
 
 
 @pytest.mark.parametrize(
-    "samples, frames", [(399, 0), (400, 1), (16_000, 49), (32_000, 99), (190_800, 596), (250_000, 781)]
+    ("samples", "frames"), [(399, 0), (400, 1), (16_000, 49), (32_000, 99), (190_800, 596), (250_000, 781)]
 )
 def test_published_frame_counts(samples, frames):
     assert frames_of(samples) == frames
@@ -40,7 +40,7 @@ def test_mfcc_frames_cover_every_frame_once():
     assert mfcc_frames_of(399) == 0
 
 
-@pytest.mark.parametrize("rate, stride", [(50, 320), (100, 160)])
+@pytest.mark.parametrize(("rate", "stride"), [(50, 320), (100, 160)])
 def test_a_crops_labels_start_at_its_frames_samples(rate, stride):
     """Labels that hold their own first sample: what the crop gets must be the first sample of each of its frames."""
     samples = 50_000

@@ -12,9 +12,21 @@ from hubert_ray.model.loss import LabelError, ctc_loss_sum, pretrain_loss
 from tests.reference import positive_first_nats
 
 MINI = ModelSize(
-    conv_channels=8, conv_norm="group", layers=1, dim=32, ffn_dim=32, heads=2, norm_first=True, codeword_dim=16,
-    normalize_waveform=False, conv_grad_scale=1.0, dropout=0.0, attention_dropout=0.0, input_dropout=0.0, layer_drop=0.0,
-)  # fmt: skip
+    conv_channels=8,
+    conv_norm="group",
+    layers=1,
+    dim=32,
+    ffn_dim=32,
+    heads=2,
+    norm_first=True,
+    codeword_dim=16,
+    normalize_waveform=False,
+    conv_grad_scale=1.0,
+    dropout=0.0,
+    attention_dropout=0.0,
+    input_dropout=0.0,
+    layer_drop=0.0,
+)
 SETTINGS = Pretrain(steps=1, peak_lr=1.0)
 
 
@@ -43,7 +55,8 @@ def test_equals_fairseqs_form(classes):
     masked, unmasked = (slow_nats(model, output, labels_BTK, where) for where in (mask_BT, ~mask_BT))
     assert parts.masked_nats.item() == pytest.approx(masked.item(), rel=1e-5)
     assert parts.unmasked_nats.item() == pytest.approx(unmasked.item(), rel=1e-5)
-    assert parts.frames == mask_BT.numel() and parts.masked_frames == mask_BT.sum()
+    assert parts.frames == mask_BT.numel()
+    assert parts.masked_frames == mask_BT.sum()
     expected = 0.7 * masked + 0.2 * unmasked + 10.0 * 0.3 * mask_BT.numel()
     assert parts.total.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -55,7 +68,8 @@ def test_the_default_learns_from_masked_frames_only():
     assert parts.unmasked_nats == 0
     parts.total.backward()
     grad_BT = output.hidden_BTD.grad.abs().sum(2)
-    assert (grad_BT[mask_BT] > 0).all() and (grad_BT[~mask_BT] == 0).all()
+    assert (grad_BT[mask_BT] > 0).all()
+    assert (grad_BT[~mask_BT] == 0).all()
 
 
 def test_sums_do_not_depend_on_the_split_into_workers():
@@ -88,7 +102,7 @@ def test_a_head_without_an_opinion_is_wrong():
     assert pretrain_loss(model, output, torch.zeros_like(labels_BTK), mask_BT, SETTINGS).masked_correct == 0
 
 
-@pytest.mark.parametrize("classes, bits", [(100, 6.72), (500, 9.03)])
+@pytest.mark.parametrize(("classes", "bits"), [(100, 6.72), (500, 9.03)])
 def test_first_loss_is_just_above_log2_of_classes(classes, bits):
     torch.manual_seed(0)
     model = Hubert(
@@ -115,7 +129,8 @@ def test_wrong_labels_are_refused():
 def test_no_masked_frame_is_a_loss_of_zero():
     model, output, labels_BTK, mask_BT = setting()
     parts = pretrain_loss(model, output, labels_BTK, torch.zeros_like(mask_BT), SETTINGS)
-    assert parts.total == 0 and parts.frames == 0
+    assert parts.total == 0
+    assert parts.frames == 0
 
 
 def test_ctc_is_the_sum_over_alignments():

@@ -34,7 +34,8 @@ def test_coverage_at_the_papers_settings():
 def test_at_least_two_spans():
     rng = np.random.default_rng(0)
     counts = [span_mask(200, Mask(prob=0.01), rng).sum() for _ in range(100)]
-    assert max(counts) == 20 and min(counts) > 10
+    assert max(counts) == 20
+    assert min(counts) > 10
 
 
 def test_masked_count_is_the_expected_minimum_of_eight_rows():
@@ -70,7 +71,7 @@ def test_equalising_keeps_spans_where_it_can():
 
 
 def test_too_short_a_row_is_refused():
-    with pytest.raises(MaskError, match="12 frames of|row of 11 frames"):
+    with pytest.raises(MaskError, match="row of 11 frames"):
         span_mask(11, MASK, np.random.default_rng(0))
     with pytest.raises(MaskError, match="row of 11 frames"):
         masked_count(11, MASK)
@@ -82,7 +83,8 @@ def test_finetune_masks_stay_inside_each_row():
     masks = [finetune_mask(frames_B, 99, 192, 0.65, settings, 0, step, 0) for step in range(200)]
     time = torch.stack([mask.time_BT for mask in masks]).float()
     channel = torch.stack([mask.channel_BD for mask in masks])
-    assert time[:, 1, 40:].sum() == 0 and time[:, 2].sum() == 0
+    assert time[:, 1, 40:].sum() == 0
+    assert time[:, 2].sum() == 0
     assert time[:, 0].mean() == pytest.approx(0.49, abs=0.04)
     assert len(set(time[:, 0].sum(1).tolist())) > 5  # not equalised
     spans = 0.5 * 192 / 64
@@ -93,4 +95,5 @@ def test_finetune_masks_stay_inside_each_row():
 
 def test_finetune_masks_can_be_off():
     mask = finetune_mask(torch.tensor([99]), 99, 192, 0.0, Finetune(channel_mask_prob=0.0), 0, 0, 0)
-    assert not mask.time_BT.any() and not mask.channel_BD.any()
+    assert not mask.time_BT.any()
+    assert not mask.channel_BD.any()

@@ -14,7 +14,8 @@ def test_polynomial_at_the_papers_points():
     peak = 5e-4
     assert rate[0] == rate[1] == pytest.approx(peak / 32_000)
     assert rate[2:5] == pytest.approx([peak / 2, peak, peak / 2])
-    assert 0 < rate[5] < 1e-8 and rate[6:] == [0, 0]
+    assert 0 < rate[5] < 1e-8
+    assert rate[6:] == [0, 0]
 
 
 def test_polynomial_without_warmup():
@@ -35,7 +36,8 @@ def test_weight_decay_is_decoupled_and_reaches_biases():
     set_lr(optimizer, 0.1)
     weight.grad, bias.grad = torch.zeros(3), torch.zeros(3)
     optimizer.step()
-    assert torch.allclose(weight, torch.full((3,), 1 - 0.1 * 0.01)) and torch.equal(weight, bias)
+    assert torch.allclose(weight, torch.full((3,), 1 - 0.1 * 0.01))
+    assert torch.equal(weight, bias)
     assert torch.equal(frozen, torch.ones(3))
 
 

@@ -1,0 +1,120 @@
+"""config/: presets resolve, overrides are checked by name and type, the paper's numbers stand."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from hubert_ray import pipeline
+from hubert_ray.config.loading import load_cluster, load_recipe
+from hubert_ray.config.presets import PRESETS
+from hubert_ray.config.recipe import LibriSpeech, Recipe
+from hubert_ray.errors import RecipeError
+from hubert_ray.storage.filesystem import Storage
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_load_survive_json_and_unroll(name, tmp_path):
+    recipe = load_recipe(name, [])
+    assert msgspec.json.decode(msgspec.json.encode(recipe), type=Recipe) == recipe == PRESETS[name]
+    planned = pipeline.plan(recipe, Storage(str(tmp_path)))
+    assert [p.stage.name for p in planned][0] == "prepare_data"
+    assert planned[-1].stage.name == "report"
+    assert len({p.artifact.identity.fingerprint for p in planned}) == len(planned)
+
+
+def test_overrides_reach_nested_settings_by_name_and_number():
+    recipe = load_recipe(
+        "demo",
+        ["iterations.iter2.pretrain.steps=7", "iterations.0.kmeans.clusters=50", "name=other", "finetune.scratch_sweep=null"],
+    )
+    assert recipe.iterations[1].pretrain.steps == 7
+    assert recipe.iterations[0].kmeans.clusters == 50
+    assert recipe.name == "other"
+    assert recipe.finetune.scratch_sweep is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("iterations.iter1.pretrain.stepz=7", "did you mean 'steps'"),
+        ("iterations.iter3.pretrain.steps=7", "there are iter1, iter2"),
+        ("iterations.iter1.pretrain.steps=many", "Expected `int`, got `str`"),
+        ("iterations.iter1.pretrain.steps", "write name=value"),
+        ("iterations.iter1.kmeans.clusters=100000", "between 2 and 65536"),
+        ("iterations.iter1.pretrain.micro_batch_seconds=1", "one crop"),
+        ("iterations.iter2.name=iter1", "different names"),
+        ("name=../elsewhere", "becomes a folder"),
+        ("iterations.iter1.pretrain.mask.prob=1.5", "from 0 to below 1"),
+    ],
+)
+def test_bad_overrides_say_what_is_wrong(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("demo", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("iterations.iter2.teacher.of=iter9", "not an earlier iteration"), ("iterations.iter2.teacher.layer=9", "0 .input. to 4")],
+)
+def test_impossible_teachers_are_refused(override, message):
+    with pytest.raises(RecipeError, match=message):
+        pipeline.unroll(load_recipe("demo", [override]))
+
+
+def test_recipe_file_changes_a_preset(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'preset = "demo"\nname = "mine"\n[corpus]\nkind = "librispeech"\nname = "speech"\npath = "/data"\n'
+        "[iterations.iter1.pretrain]\nsteps = 3\n"
+    )
+    recipe = load_recipe(str(file), ["corpus.path=/other"])
+    assert recipe.corpus == LibriSpeech(name="speech", path="/other")
+    assert recipe.iterations[0].pretrain.steps == 3
+    with pytest.raises(RecipeError, match="'corpus.train_speakers' is no setting|unknown field"):
+        load_recipe(str(file), ["corpus.train_speakers=3"])
+
+
+def test_unknown_recipe_suggests_a_preset():
+    with pytest.raises(RecipeError, match="did you mean 'demo'"):
+        load_recipe("demmo", [])
+
+
+def test_cluster_settings_are_checked():
+    assert load_cluster(None, ["train_workers=8", "precision=bf16"]).train_workers == 8
+    with pytest.raises(RecipeError, match="did you mean 'train_workers'"):
+        load_cluster(None, ["train_worker=8"])
+    with pytest.raises(RecipeError, match="zero_stage"):
+        load_cluster(None, ["zero_stage=4"])
+
+
+def test_fingerprints_change_with_settings_and_flow_downstream_only(tmp_path):
+    storage = Storage(str(tmp_path))
+
+    def fingerprints(overrides):
+        return {p.stage.name: p.artifact.identity.fingerprint for p in pipeline.plan(load_recipe("demo", overrides), storage)}
+
+    before, after = fingerprints([]), fingerprints(["iterations.iter2.kmeans.clusters=64"])
+    changed = {name for name in before if before[name] != after[name]}
+    assert "iter2/learn_kmeans" in changed
+    assert "report" in changed
+    assert not changed & {"prepare_data", "iter1/learn_kmeans", "iter1/assign_labels", "iter1/pretrain"}
+
+
+def test_storage_place_is_no_part_of_identity(tmp_path):
+    def fingerprints(path):
+        recipe = load_recipe("hubert_base_ls960", [f"corpus.path={path}"])
+        return [p.artifact.identity.fingerprint for p in pipeline.plan(recipe, Storage(str(tmp_path)))]
+
+    assert fingerprints("/one") == fingerprints("/two")
+
+
+def test_paper_numbers_of_the_presets():
+    base, large, xlarge = (PRESETS[n] for n in ("hubert_base_ls960", "hubert_large_ll60k", "hubert_xlarge_ll60k"))
+    first, second = base.iterations
+    assert (first.kmeans.clusters, first.pretrain.steps, second.kmeans.clusters, second.pretrain.steps) == (100, 250_000, 500, 400_000)
+    assert (second.teacher.layer, large.iterations[0].teacher.layer) == (6, 9)
+    rates = [r.iterations[0].pretrain.peak_lr for r in (base, large, xlarge)]
+    batches = [r.iterations[0].pretrain.batch_seconds for r in (base, large, xlarge)]
+    clips = [r.iterations[0].pretrain.clip_norm for r in (base, large, xlarge)]
+    assert (rates, batches, clips) == ([5e-4, 1.5e-3, 3e-3], [2800, 7200, 5760], [10, 1, 1])

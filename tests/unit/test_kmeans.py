@@ -1,0 +1,135 @@
+"""units/: k-means pieces and the quality measures against slow definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hubert_ray.units import kmeans
+from hubert_ray.units.quality import PhoneCounts, entropy_bits, quality
+
+
+def blobs(count=3000, dim=7, clusters=6, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(clusters, dim)) * 10
+    return (centres[rng.integers(clusters, size=count)] + rng.normal(size=(count, dim))).astype(np.float32)
+
+
+def lloyd(frames, centroids, passes):
+    for _ in range(passes):
+        centroids = kmeans.update(kmeans.partial(frames, centroids), centroids)
+    return centroids
+
+
+def test_assign_is_the_nearest_centroid():
+    frames, centroids = blobs(), blobs(count=20, seed=1)
+    labels, distances = kmeans.assign(frames, centroids)
+    slow = ((frames[:, None].astype(np.float64) - centroids[None]) ** 2).sum(-1)
+    np.testing.assert_array_equal(labels, slow.argmin(1))
+    np.testing.assert_allclose(distances, slow.min(1), rtol=1e-3, atol=1e-2)
+
+
+def test_partial_sums_per_cluster():
+    frames, centroids = blobs(), blobs(count=9, seed=1)
+    part = kmeans.partial(frames, centroids)
+    labels, distances = kmeans.assign(frames, centroids)
+    for cluster in range(9):
+        np.testing.assert_allclose(part.sums_KD[cluster], frames[labels == cluster].sum(0, dtype=np.float64), rtol=1e-6, atol=1e-3)
+        assert part.counts_K[cluster] == (labels == cluster).sum()
+    assert part.inertia == pytest.approx(distances.sum(dtype=np.float64))
+
+
+def test_partials_of_blocks_add_up():
+    frames, centroids = blobs(), blobs(count=9, seed=1)
+    whole = kmeans.partial(frames, centroids)
+    split = kmeans.partial(frames[:1000], centroids) + kmeans.partial(frames[1000:], centroids)
+    np.testing.assert_allclose(split.sums_KD, whole.sums_KD, rtol=1e-12)
+    np.testing.assert_array_equal(split.counts_K, whole.counts_K)
+
+
+def test_empty_block_is_nothing():
+    part = kmeans.partial(np.empty((0, 7), dtype=np.float32), blobs(count=4))
+    assert part.counts_K.sum() == 0
+    assert not part.sums_KD.any()
+
+
+def test_lloyd_never_raises_the_inertia_and_finds_blobs():
+    frames = blobs()
+    centroids = kmeans.seed(frames, 6, 3, np.random.default_rng(0))
+    history = []
+    for _ in range(10):
+        part = kmeans.partial(frames, centroids)
+        history.append(part.inertia)
+        centroids = kmeans.update(part, centroids)
+    assert all(b <= a * (1 + 1e-6) for a, b in zip(history, history[1:], strict=False))
+    assert history[-1] / len(frames) == pytest.approx(7, rel=0.1)  # unit variance in 7 dimensions
+
+
+def test_empty_clusters_are_filled():
+    frames = blobs()
+    far = np.full((2, 7), 1e4, dtype=np.float32)
+    start = np.concatenate([blobs(count=4, seed=3), far])
+    assert (kmeans.partial(frames, start).counts_K[-2:] == 0).all()
+    assert (kmeans.partial(frames, lloyd(frames, start, 3)).counts_K > 0).all()
+
+
+def test_seeding_beats_random_rows_and_needs_enough_frames():
+    frames = blobs(clusters=30)
+    rng = np.random.default_rng(0)
+    seeded = kmeans.partial(frames, kmeans.seed(frames, 30, 2, rng)).inertia
+    randoms = [kmeans.partial(frames, frames[rng.choice(len(frames), 30, replace=False)]).inertia for _ in range(5)]
+    assert seeded < min(randoms)
+    with pytest.raises(ValueError, match="3 frames cannot seed 5"):
+        kmeans.seed(frames[:3], 5, 1, rng)
+
+
+def slow_quality(pairs):
+    phones, units = zip(*pairs, strict=True)
+    total = len(pairs)
+    joint = {}
+    for pair in pairs:
+        joint[pair] = joint.get(pair, 0) + 1 / total
+    share = lambda values, v: sum(x == v for x in values) / total  # noqa: E731
+    information = sum(p * np.log(p / (share(phones, i) * share(units, j))) for (i, j), p in joint.items())
+    entropy = -sum(share(phones, i) * np.log(share(phones, i)) for i in set(phones))
+    phone_purity = sum(max(joint.get((i, j), 0) for i in set(phones)) for j in set(units))
+    cluster_purity = sum(max(joint.get((i, j), 0) for j in set(units)) for i in set(phones))
+    return (information / entropy if entropy else 0.0), phone_purity, cluster_purity
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=80))
+@settings(max_examples=60, deadline=None)
+def test_quality_against_the_definition(pairs):
+    table = np.zeros((5, 7), dtype=np.int64)
+    for pair in pairs:
+        table[pair] += 1
+    found = quality(table)
+    expected = slow_quality(pairs)
+    assert (found.pnmi, found.phone_purity, found.cluster_purity) == pytest.approx(expected, abs=1e-9)
+    assert found.frames == len(pairs)
+
+
+def test_counts_follow_the_10_ms_grid_at_both_rates():
+    phones = [{"start": 0, "end": 640, "phone": "SIL"}, {"start": 640, "end": 1600, "phone": "AH1"}]
+    at_50, at_100 = PhoneCounts(3), PhoneCounts(3)
+    at_50.add(phones, np.array([0, 0, 1, 1, 2]), 50)
+    at_100.add(phones, np.array([0, 0, 0, 0, 1, 1, 1, 1, 2, 2]), 100)
+    np.testing.assert_array_equal(at_50.table(), at_100.table())
+    assert at_50.phones() == ["AH", "SIL"]
+    np.testing.assert_array_equal(at_50.table(), [[0, 4, 2], [4, 0, 0]])
+
+
+def test_counts_end_with_the_shorter_sequence():
+    counts = PhoneCounts(2)
+    counts.add([{"start": 0, "end": 16_000, "phone": "A"}], np.array([1, 1, 0]), 100)
+    np.testing.assert_array_equal(counts.table(), [[1, 2]])
+
+
+def test_no_phones_no_quality():
+    assert PhoneCounts(4).quality() is None
+
+
+def test_entropy():
+    assert entropy_bits(np.array([1, 1, 1, 1, 0])) == pytest.approx(2.0)

@@ -1,0 +1,104 @@
+"""storage/: whole-or-absent writes, and when an artifact may be trusted."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from hubert_ray.errors import StaleArtifactError, UnsealedArtifactError
+from hubert_ray.storage import layout
+from hubert_ray.storage.artifacts import Artifact, identity_of
+from hubert_ray.storage.filesystem import Storage
+
+
+def artifact(storage, **settings):
+    return Artifact(storage, "runs/r/stage", identity_of("stage", {"steps": 5} | settings, {"corpus": "abc"}))
+
+
+def test_write_read_list_delete(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.write("a/b/one.bin", b"1")
+    storage.write("a/b/two.bin", b"22")
+    assert storage.read("a/b/two.bin") == b"22"
+    assert storage.size("a/b/two.bin") == 2
+    assert storage.list("a", recursive=True) == ["b/one.bin", "b/two.bin"]
+    assert storage.list("nowhere") == []
+    assert storage.folders("a") == ["b"]
+    storage.delete("a/b")
+    storage.delete("a/b")  # absent: fine
+    assert not storage.exists("a/b/one.bin")
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.write("file", b"old")
+    with pytest.raises(RuntimeError, match="disk on fire"), storage.create("file") as stream:
+        stream.write(b"ne")
+        raise RuntimeError("disk on fire")
+    assert storage.read("file") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_half_written_file_is_not_listed(tmp_path):
+    storage = Storage(str(tmp_path))
+    with storage.create("folder/file") as stream:
+        stream.write(b"half")
+        assert storage.list("folder") == []
+        assert not storage.exists("folder/file")
+    assert storage.list("folder") == ["file"]
+
+
+def test_storage_pickles_to_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packed = pickle.dumps(Storage("here"))
+    monkeypatch.chdir("/")
+    assert pickle.loads(packed).root == str(tmp_path / "here")
+
+
+def test_seal_is_needed_and_found(tmp_path):
+    made = artifact(Storage(str(tmp_path)))
+    with pytest.raises(UnsealedArtifactError, match="runs/r/stage"):
+        made.require()
+    made.claim()
+    assert made.seal_or_none() is None
+    made.seal({"rows": 3})
+    assert made.require().facts == {"rows": 3}
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_other_settings_are_stale_and_named(tmp_path, sealed):
+    storage = Storage(str(tmp_path))
+    made = artifact(storage)
+    made.claim()
+    if sealed:
+        made.seal({})
+    with pytest.raises(StaleArtifactError) as caught:
+        artifact(storage, steps=7).seal_or_none()
+    message = str(caught.value)
+    assert "steps: 5 on storage, 7 in the recipe" in message
+    assert ("made" if sealed else "begun") in message
+    assert "hubert-ray remove runs/r/stage" in message
+
+
+def test_other_inputs_are_stale(tmp_path):
+    storage = Storage(str(tmp_path))
+    artifact(storage).seal({})
+    other = Artifact(storage, "runs/r/stage", identity_of("stage", {"steps": 5}, {"corpus": "xyz"}))
+    with pytest.raises(StaleArtifactError, match="inputs.corpus"):
+        other.seal_or_none()
+
+
+def test_fingerprint_depends_on_every_part_and_not_on_key_order():
+    one = identity_of("s", {"a": 1, "b": {"c": 2}}, {"x": "1"})
+    assert one.fingerprint == identity_of("s", {"b": {"c": 2}, "a": 1}, {"x": "1"}).fingerprint
+    for other in (
+        identity_of("t", {"a": 1, "b": {"c": 2}}, {"x": "1"}),
+        identity_of("s", {"a": 1, "b": {"c": 3}}, {"x": "1"}),
+        identity_of("s", {"a": 1, "b": {"c": 2}}, {"x": "2"}),
+    ):
+        assert other.fingerprint != one.fingerprint
+
+
+def test_checkpoint_names_sort_by_step():
+    assert layout.checkpoint(900) < layout.checkpoint(1000)
