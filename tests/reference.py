@@ -61,3 +61,43 @@ def slow_tri_stage(steps: int, warmup: int, hold: int, decay: int, peak: float, 
         lr *= final_scale ** (1 / decay)
     rates += [peak * final_scale] * (steps - len(rates))
     return rates[:steps]
+
+
+def slow_mfcc(wave_S: np.ndarray) -> np.ndarray:
+    """Kaldi's compute-mfcc-feats (PAPER 3.1: no energy, no dither, edges snipped), (F, 13), frame by frame in float64."""
+
+    def mel(hz: float) -> float:
+        return 1127 * math.log(1 + hz / 700)
+
+    window = [(0.5 - 0.5 * math.cos(2 * math.pi * n / 399)) ** 0.85 for n in range(400)]  # Povey's
+    edges = np.linspace(mel(20), mel(8000), 25)  # 23 triangles, in mel
+    rows = []
+    for start in range(0, len(wave_S) - 400 + 1, 160):
+        frame = wave_S[start : start + 400].astype(np.float64)
+        frame = frame - frame.mean()
+        frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
+        power = np.abs(np.fft.fft(np.concatenate([frame * window, np.zeros(112)]))) ** 2
+        energies = []
+        for left, centre, right in zip(edges, edges[1:], edges[2:], strict=False):
+            slopes = [
+                (min(mel(16_000 / 512 * k) - left, right - mel(16_000 / 512 * k)) / (centre - left)) for k in range(256)
+            ]
+            energies.append(sum(max(0.0, slope) * power[k] for k, slope in enumerate(slopes)))
+        logs = [math.log(max(energy, float(np.finfo(np.float32).eps))) for energy in energies]
+        cepstra = []
+        for q in range(13):
+            scale = math.sqrt((1 if q == 0 else 2) / 23)
+            cepstrum = scale * sum(value * math.cos(math.pi / 23 * (j + 0.5) * q) for j, value in enumerate(logs))
+            cepstra.append((1 + 11 * math.sin(math.pi * q / 22)) * cepstrum)
+        rows.append(cepstra)
+    return np.array(rows)
+
+
+def slow_deltas(features_FC: np.ndarray) -> np.ndarray:
+    """Slope of a straight line through 5 frames, the first and last frame repeated past the edges."""
+    last = len(features_FC) - 1
+    slopes = np.zeros_like(features_FC)
+    for t in range(len(features_FC)):
+        for k in (-2, -1, 1, 2):
+            slopes[t] += k * features_FC[min(max(t + k, 0), last)]
+    return slopes / (4 + 1 + 1 + 4)

@@ -7,6 +7,7 @@ float32 in [-1, 1] at 16 kHz; other rates are resampled, several channels are av
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 import soundfile
@@ -15,25 +16,32 @@ from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from hubert_ray.errors import AudioError
 
 MAX_SECONDS = 3600.0  # a longer file is a recording to be segmented first, not an utterance
+UNKNOWN_FRAMES = (
+    2**63 - 1
+)  # libsndfile's word for a FLAC stream whose header has no length; it cannot read those to the end
+MAX_FILTER_TAPS = 10_000_000  # of the resampling filters; 44.1 kHz has 70,560, an odd rate in a broken header gigabytes
 
 
 def decode(data: bytes) -> np.ndarray:
     """The 16 kHz waveform of compressed audio, shape (S,), float32.
 
-    Raises AudioError with reason `empty`, `undecodable`, `too_long`, `not_finite` or `too_short` (below 400 samples, one
-    frame of the model).
+    Raises AudioError with reason `empty`, `undecodable`, `too_long`, `not_finite`, `sample_rate` (too odd to resample) or
+    `too_short` (below 400 samples, one frame of the model).
     """
     if not data:
         raise AudioError("empty", "0 bytes")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate = file.samplerate
+            if file.frames == UNKNOWN_FRAMES:
+                raise AudioError("undecodable", "the header has no length, as a stream's; encode it again from a file")
             if file.frames > MAX_SECONDS * rate:
                 raise AudioError("too_long", f"{file.frames / rate:.0f} s, at most {MAX_SECONDS:.0f} s")
             wave_SC = file.read(dtype="float32", always_2d=True)
             declared = file.frames
     except (soundfile.SoundFileError, ValueError, MemoryError) as error:
-        raise AudioError("undecodable", str(error)) from error
+        # libsndfile's own words: str(error) also names a memory address, and the quarantine table must not depend on it.
+        raise AudioError("undecodable", getattr(error, "error_string", str(error))) from error
     if len(wave_SC) < declared:
         raise AudioError("undecodable", f"ends after {len(wave_SC)} of {declared} samples")
     wave_S = wave_SC[:, 0] if wave_SC.shape[1] == 1 else wave_SC.mean(axis=1)
@@ -63,6 +71,9 @@ def normalise(wave_S: np.ndarray) -> np.ndarray:
 
 
 def _resample(wave_S: np.ndarray, rate: int) -> np.ndarray:
+    common = math.gcd(rate, SAMPLE_RATE)
+    if (rate // common) * (SAMPLE_RATE // common) > MAX_FILTER_TAPS:
+        raise AudioError("sample_rate", f"{rate} Hz cannot be resampled to {SAMPLE_RATE} Hz in reasonable memory")
     import torch  # here, so that listing a corpus does not load it
     import torchaudio.functional
 

@@ -87,7 +87,9 @@ class LibriSpeechSource:
         self._alignments = Path(corpus.alignments).expanduser() if corpus.alignments else None
         self._moved = dict.fromkeys(corpus.dev_speakers, "dev") | dict.fromkeys(corpus.test_speakers, "test")
         if not self._root.is_dir():
-            raise CorpusError(f"corpus.path: '{self._root}' is not a folder; give the folder that holds train-clean-100 …")
+            raise CorpusError(
+                f"corpus.path: '{self._root}' is not a folder; give the folder that holds train-clean-100 …"
+            )
         if self._alignments and not self._alignments.is_dir():
             raise CorpusError(f"corpus.alignments: '{self._alignments}' is not a folder")
 
@@ -99,6 +101,12 @@ class LibriSpeechSource:
             raise CorpusError(
                 f"'{self._root}' has no <subset>/<speaker>/<chapter>/*.flac. Expected LibriSpeech's layout; "
                 "give the folder that holds subsets such as train-clean-100"
+            )
+        absent = sorted(self._moved.keys() - {chapter.parent.name for chapter in chapters})
+        if absent:
+            raise CorpusError(
+                f"corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, but '{self._root}' has no such speaker; "
+                "give the names of speaker folders"
             )
         return [
             Group(chapter.relative_to(self._root).as_posix(), self._split(chapter), size)
@@ -119,6 +127,9 @@ class LibriSpeechSource:
         if unreadable:
             yield unreadable
         for file in sorted(folder.glob("*.flac")):
+            if not _is_text(file.name):
+                yield Rejected(repr(file.name), "bad_name", f"{group.name}: the file's name is not UTF-8")
+                continue
             phones, bad = self._phones(group.name, file.stem)
             if bad:
                 yield bad
@@ -133,10 +144,19 @@ class LibriSpeechSource:
         if file is None or not file.exists():
             return None, None
         try:
-            rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
-            return [(int(start), int(end), phone) for start, end, phone in rows], None
+            rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            phones = [(int(start), int(end), phone) for start, end, phone in rows]
+            times = [time for start, end, _ in phones for time in (start, end)]
+            if times != sorted(times) or (times and not 0 <= times[0] <= times[-1] < 2**31):
+                raise ValueError("times must rise from 0 on, in samples")
+            return phones, None
         except ValueError as error:
             return None, Rejected(name, "bad_alignment", f"{file.name}: {error}; the audio is used without phones")
+
+
+def _is_text(name: str) -> bool:
+    """False for a file name whose bytes are not UTF-8: no table could hold it as an id."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _transcripts(folder: Path) -> tuple[dict[str, str], Rejected | None]:

@@ -36,6 +36,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         ray.init(
             num_cpus=max(os.cpu_count() or 1, 2),
             object_store_memory=cluster.object_store_mib * 2**20,

@@ -1,0 +1,189 @@
+"""Training gives the same model for any number of workers, any ZeRO stage, after kills, and when it changes midway.
+
+The task is small but goes through everything real: Ray Train, gloo, DeepSpeed, checkpoints on storage.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.distributed import checkpoint, telemetry
+from hubert_ray.distributed.train_loop import StepLoss, TrainJob, fit
+from hubert_ray.errors import TrainingError
+from hubert_ray.storage import layout
+from hubert_ray.storage.filesystem import Storage
+
+pytestmark = pytest.mark.slow
+STEPS = 9
+
+
+class Regression(nn.Module):
+    """Sum of squared errors of a small network with dropout: random numbers matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+    def forward(self, batch):
+        total = (self.model(batch.inputs) - batch.inputs.sum(1, keepdim=True)).square().sum()
+        return StepLoss(total, torch.stack([total.detach().double(), torch.tensor(float(len(batch.inputs))).double()]))
+
+
+class Batch:
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def to(self, device):
+        return Batch(self.inputs.to(device))
+
+
+class RegressionTask:
+    """Three micro-batches of unequal size per step; can die or go wrong at a step, once."""
+
+    micro_batches = 3
+    title = "regression"
+
+    def __init__(self, die_at: int = -1, marker: str = "", nan_at: int = -1):
+        self._die_at, self._marker, self._nan_at = die_at, Path(marker), nan_at
+        self.module = Regression()
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.0, weight_decay=0.01)
+
+    def _rows(self, index):
+        return 4 + index
+
+    def load(self, step, index):
+        rng = np.random.default_rng([step, index])
+        inputs = torch.from_numpy(rng.normal(size=(self._rows(index), 6)).astype(np.float32))
+        return Batch(inputs * float("nan") if step == self._nan_at else inputs)
+
+    def count(self, step):
+        return sum(self._rows(index) for index in range(3))
+
+    def learning_rate(self, step):
+        return 0.01 * (step + 1)
+
+    def before_step(self, step):
+        if step == self._die_at and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            try:
+                os.close(os.open(self._marker, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            os._exit(9)
+
+    def metrics(self, sums, seconds):
+        return {"loss": sums[0] / sums[1]}
+
+    def evaluate(self):
+        return {}
+
+    def weights(self, values):
+        return {name.removeprefix("model."): value for name, value in values.items()}
+
+
+def train(folder, workers=2, steps=STEPS, factory=RegressionTask, **cluster):
+    storage = Storage(str(folder))
+    job = TrainJob(factory, storage, "run", steps, seed=1, clip_norm=1.0, checkpoint_steps=3, log_steps=1)
+    fit(job, Cluster(train_workers=workers, **cluster), workers)
+    rows = telemetry.read(storage, "run")
+    return safetensors.torch.load(storage.read(f"run/{layout.MODEL}")), rows
+
+
+def same(found, expected, tolerance=1e-6):
+    weights, rows = found
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for name, value in expected[0].items():
+        torch.testing.assert_close(weights[name], value, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in expected[1]], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def expected(ray_local, tmp_path_factory):
+    """Two workers, ZeRO 1, undisturbed."""
+    return train(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_it_trains(expected):
+    losses = [row["loss"] for row in expected[1]]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_loop_equals_plain_torch(expected):
+    """No Ray, no DeepSpeed: the mean over the global batch, clipped, one AdamW step."""
+    torch.manual_seed(1)
+    task = RegressionTask()
+    from hubert_ray.distributed.train_loop import _mix
+
+    task.module.train()
+    for step in range(STEPS):
+        for group in task.optimizer.param_groups:
+            group["lr"] = task.learning_rate(step)
+        for index in range(3):
+            torch.manual_seed(_mix(1, step, index))
+            (task.module(task.load(step, index)).total / task.count(step)).backward()
+        nn.utils.clip_grad_norm_(task.module.parameters(), 1.0)
+        task.optimizer.step()
+        task.optimizer.zero_grad()
+    for name, value in task.module.model.state_dict().items():
+        torch.testing.assert_close(expected[0][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_other_worker_counts_give_the_same_model(expected, tmp_path, workers):
+    """Three micro-batches on four workers: one has only a zero-weighted repeat."""
+    same(train(tmp_path, workers=workers, train_cpus=0.5), expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_other_zero_stages_give_the_same_model(expected, tmp_path, stage):
+    same(train(tmp_path, zero_stage=stage), expected, tolerance=1e-4)
+
+
+def test_a_killed_worker_goes_on_from_the_checkpoint(expected, tmp_path):
+    marker = tmp_path / "died"
+    found = train(tmp_path, factory=partial(RegressionTask, die_at=7, marker=str(marker)))
+    assert marker.exists()
+    same(found, expected)
+
+
+def test_resume_at_another_worker_count_and_zero_stage(expected, tmp_path):
+    with pytest.raises(Exception, match=r"."):
+        marker = tmp_path / "died"
+        train(tmp_path, factory=partial(RegressionTask, die_at=5, marker=str(marker)), max_failures=0)
+    assert checkpoint.steps(Storage(str(tmp_path)), "run") == [3]
+    same(train(tmp_path, workers=1, zero_stage=2), expected, tolerance=1e-4)
+
+
+def test_an_unsealed_checkpoint_is_not_used(expected, tmp_path):
+    with pytest.raises(Exception, match=r"."):
+        marker = tmp_path / "died"
+        train(tmp_path, factory=partial(RegressionTask, die_at=7, marker=str(marker)), max_failures=0)
+    storage = Storage(str(tmp_path))
+    assert checkpoint.steps(storage, "run") == [3, 6]
+    storage.delete(f"run/{layout.checkpoint(6)}/{layout.SEAL}")
+    storage.write(f"run/{layout.checkpoint(6)}/part-00000.safetensors", b"rubbish")
+    same(train(tmp_path), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(ray_local, tmp_path):
+    with pytest.raises(TrainingError, match="not finite in the 1 steps up to step 5"):
+        train(tmp_path, factory=partial(RegressionTask, nan_at=4), max_failures=0)
+
+
+def test_metrics_of_undone_steps_are_dropped(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.write(f"run/{layout.METRICS}", b"".join(msgspec.json.encode({"step": s}) + b"\n" for s in range(1, 9)))
+    log = telemetry.Telemetry(storage, "run", resume_step=6, title="t")
+    log.log({"step": 7, "loss": 1.0}, 9)
+    log.close()
+    assert [row["step"] for row in telemetry.read(storage, "run")] == [1, 2, 3, 4, 5, 6, 7]
+    assert storage.list("run/tensorboard")

@@ -1,0 +1,261 @@
+"""Which utterances does a LibriSpeech tree hold, and how are they packed into shards, when the tree is not as it should be?"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from hubert_ray.config.recipe import LibriSpeech
+from hubert_ray.data import audio
+from hubert_ray.data.corpora import Group, LibriSpeechSource, open_source, plan_shards
+from hubert_ray.data.shards import RawUtterance, Rejected, write_shard
+from hubert_ray.errors import CorpusError
+from hubert_ray.storage.filesystem import Storage
+
+
+def flac(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, 0.1 * np.random.default_rng(seed).standard_normal(1000 + seed), 16_000, format="FLAC")
+    return buffer.getvalue()
+
+
+def chapter(root: Path, place: str, recordings: int, transcripts: str | bytes | None = None) -> Path:
+    """`<subset>/<speaker>/<chapter>` with that many recordings."""
+    folder = root / place
+    folder.mkdir(parents=True)
+    _, speaker, number = Path(place).parts
+    for index in range(recordings):
+        (folder / f"{speaker}-{number}-{index:04d}.flac").write_bytes(flac(index))
+    if transcripts is not None:
+        data = transcripts if isinstance(transcripts, bytes) else transcripts.encode()
+        (folder / f"{speaker}-{number}.trans.txt").write_bytes(data)
+    return folder
+
+
+def source(root: Path, **settings) -> LibriSpeechSource:
+    made = open_source(LibriSpeech(name="c", path=str(root), **settings))
+    assert isinstance(made, LibriSpeechSource)
+    return made
+
+
+def contents(root: Path, **settings) -> tuple[list[RawUtterance], list[Rejected]]:
+    """All that the source reads, utterances and rejections apart."""
+    opened = source(root, **settings)
+    found = [item for group in opened.groups() for item in opened.read(group)]
+    return [i for i in found if isinstance(i, RawUtterance)], [i for i in found if isinstance(i, Rejected)]
+
+
+# --- the tree ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_chapter_is_a_group_and_its_utterances_come_in_order(tmp_path):
+    chapter(tmp_path, "train-clean-100/19/198", 3, "19-198-0002 THREE\n19-198-0000 ONE TWO\n19-198-0001 TWO\n")
+    chapter(tmp_path, "dev-clean/84/121", 1, "84-121-0000 DEV\n")
+    (tmp_path / "SPEAKERS.TXT").write_text("ignored")
+    groups = source(tmp_path).groups()
+    sizes = [len(flac(0)), sum(len(flac(n)) for n in range(3))]
+    assert groups == [
+        Group("dev-clean/84/121", "dev", sizes[0]),
+        Group("train-clean-100/19/198", "train", sizes[1]),
+    ]
+    utterances, rejected = contents(tmp_path)
+    assert not rejected
+    assert [(u.utterance_id, u.speaker, u.split, u.text) for u in utterances] == [
+        ("84-121-0000", "84", "dev", "DEV"),
+        ("19-198-0000", "19", "train", "ONE TWO"),
+        ("19-198-0001", "19", "train", "TWO"),
+        ("19-198-0002", "19", "train", "THREE"),
+    ]
+    assert [u.audio for u in utterances[1:]] == [flac(0), flac(1), flac(2)]
+    assert {(u.suffix, u.phones) for u in utterances} == {("flac", None)}
+
+
+def test_missing_transcripts_leave_utterances_without_text(tmp_path):
+    chapter(tmp_path, "train-a/1/1", 2)
+    chapter(tmp_path, "train-a/2/1", 3, "2-1-0000 HERE\n2-1-0002 \n\n")
+    utterances, rejected = contents(tmp_path)
+    assert not rejected
+    assert [u.text for u in utterances] == [None, None, "HERE", None, None]
+
+
+def test_a_transcript_without_audio_is_rejected_by_name(tmp_path):
+    chapter(tmp_path, "train-a/1/1", 1, "1-1-0000 HERE\n1-1-0001 GONE\n")
+    utterances, rejected = contents(tmp_path)
+    assert [u.text for u in utterances] == ["HERE"]
+    assert [(r.source, r.reason) for r in rejected] == [("1-1-0001", "no_audio")]
+    assert "train-a/1/1" in rejected[0].detail
+
+
+def test_a_transcript_that_is_not_utf8_costs_the_text_only(tmp_path):
+    chapter(tmp_path, "train-a/1/1", 2, b"1-1-0000 FINE\n1-1-0001 CAF\xc9\n")
+    chapter(tmp_path, "train-a/2/1", 1, "2-1-0000 CAFÉ\n")
+    utterances, rejected = contents(tmp_path)
+    assert [u.text for u in utterances] == [None, None, "CAFÉ"]
+    assert [(r.source, r.reason) for r in rejected] == [("1-1.trans.txt", "bad_transcript")]
+
+
+def test_a_file_name_that_is_not_utf8_is_rejected_and_fits_the_tables(tmp_path):
+    folder = chapter(tmp_path / "tree", "train-a/1/1", 1)
+    try:
+        (folder / os.fsdecode(b"1-1-\xff.flac")).write_bytes(flac(5))
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    opened = source(tmp_path / "tree")
+    (group,) = opened.groups()
+    tables = write_shard(Storage(str(tmp_path / "out")), "c", "train-00000", opened.read(group))
+    assert tables.manifest["utterance_id"].to_pylist() == ["1-1-0000"]
+    assert tables.quarantine["reason"].to_pylist() == ["bad_name"]
+
+
+def test_named_speakers_move_to_dev_and_test(tmp_path):
+    for speaker in ("1", "2", "3"):
+        chapter(tmp_path, f"train-a/{speaker}/7", 1)
+    groups = source(tmp_path, dev_speakers=("2",), test_speakers=("3",)).groups()
+    assert {group.name: group.split for group in groups} == {
+        "train-a/1/7": "train",
+        "train-a/2/7": "dev",
+        "train-a/3/7": "test",
+    }
+    utterances, _ = contents(tmp_path, dev_speakers=("2",), test_speakers=("3",))
+    assert [u.split for u in utterances] == ["train", "dev", "test"]
+
+
+def test_a_moved_speaker_that_is_not_there_is_an_error(tmp_path):
+    chapter(tmp_path, "train-a/1/7", 1)
+    with pytest.raises(CorpusError, match="name 01, 9, but .* no such speaker"):
+        source(tmp_path, dev_speakers=("9", "1"), test_speakers=("01",)).groups()
+
+
+def test_an_unknown_subset_is_an_error(tmp_path):
+    chapter(tmp_path, "train-a/1/1", 1)
+    chapter(tmp_path, "unlab-60k/2/1", 1)
+    with pytest.raises(CorpusError, match="subset 'unlab-60k' belongs to no split; names begin with train-"):
+        source(tmp_path).groups()
+
+
+def test_a_folder_without_the_layout_is_an_error(tmp_path):
+    with pytest.raises(CorpusError, match="has no <subset>/<speaker>/<chapter>"):
+        source(tmp_path).groups()
+    (tmp_path / "one.flac").write_bytes(flac(0))
+    chapter(tmp_path, "train-a/1/1", 0, "1-1-0000 NO AUDIO\n")
+    with pytest.raises(CorpusError, match="has no <subset>/<speaker>/<chapter>"):
+        source(tmp_path).groups()
+
+
+def test_folders_that_do_not_exist_are_errors(tmp_path):
+    with pytest.raises(CorpusError, match=r"corpus\.path: .*nowhere"):
+        source(tmp_path / "nowhere")
+    with pytest.raises(CorpusError, match=r"corpus\.alignments: .*nowhere"):
+        source(tmp_path, alignments=str(tmp_path / "nowhere"))
+
+
+# --- phone times ------------------------------------------------------------------------------------------------------
+
+
+def aligned(tmp_path: Path, *files: str | bytes | None) -> tuple[list[RawUtterance], list[Rejected]]:
+    """A chapter whose recordings have these .phn files."""
+    chapter(tmp_path / "audio", "train-a/1/1", len(files))
+    folder = tmp_path / "phones" / "train-a/1/1"
+    folder.mkdir(parents=True)
+    for index, content in enumerate(files):
+        if content is not None:
+            data = content if isinstance(content, bytes) else content.encode()
+            (folder / f"1-1-{index:04d}.phn").write_bytes(data)
+    return contents(tmp_path / "audio", alignments=str(tmp_path / "phones"))
+
+
+def test_alignments_are_read_along(tmp_path):
+    utterances, rejected = aligned(tmp_path, "0 320 SIL\n320 800 AH0\n\n", None, "0 500 +SPN+\n")
+    assert not rejected
+    assert [u.phones for u in utterances] == [[(0, 320, "SIL"), (320, 800, "AH0")], None, [(0, 500, "+SPN+")]]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "0 320\n",
+        "0 320 SIL more\n",
+        "0 0.5 SIL\n",
+        b"0 320 \xff\n",
+        "-320 0 SIL\n",
+        "0 320 SIL\n160 500 AH\n",
+        "320 0 SIL\n",
+        f"0 {2**31} SIL\n",
+    ],
+    ids=["two columns", "four columns", "seconds", "not UTF-8", "negative", "overlap", "backwards", "beyond int32"],
+)
+def test_a_bad_alignment_costs_the_phones_only(tmp_path, broken):
+    utterances, rejected = aligned(tmp_path, broken, "0 320 SIL\n")
+    assert [u.phones for u in utterances] == [None, [(0, 320, "SIL")]]
+    assert [u.audio for u in utterances] == [flac(0), flac(1)]
+    assert [(r.source, r.reason) for r in rejected] == [("1-1-0000", "bad_alignment")]
+    assert "1-1-0000.phn" in rejected[0].detail
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_bounded_pure_complete_and_the_same_for_any_order():
+    rng = random.Random(0)
+    splits = {"train": 60, "dev": 7, "test": 1}
+    groups = [
+        Group(f"{split}/{n:02d}", split, rng.randint(1, 400)) for split, count in splits.items() for n in range(count)
+    ]
+    plan = plan_shards(groups, 1000)
+    for shard, members in plan.items():
+        assert {group.split for group in members} == {shard.split("-")[0]}
+        assert sum(group.bytes for group in members) <= 1000
+    for split, count in splits.items():
+        own = [shard for shard in plan if shard.startswith(split)]
+        assert own == [f"{split}-{n:05d}" for n in range(len(own))]
+        assert [group.name for shard in own for group in plan[shard]] == [f"{split}/{n:02d}" for n in range(count)]
+        for first, second in zip(own, own[1:], strict=False):  # no shard was closed early
+            assert sum(group.bytes for group in plan[first]) + plan[second][0].bytes > 1000
+    for _ in range(5):
+        rng.shuffle(groups)
+        assert list(plan_shards(groups, 1000).items()) == list(plan.items())
+
+
+def test_a_group_larger_than_a_shard_gets_one_of_its_own():
+    groups = [Group(name, "train", size) for name, size in (("a", 10), ("b", 5000), ("c", 10), ("d", 90), ("e", 1))]
+    names = [[group.name for group in members] for members in plan_shards(groups, 100).values()]
+    assert names == [["a"], ["b"], ["c", "d"], ["e"]]
+
+
+# --- real speech ------------------------------------------------------------------------------------------------------
+
+REAL = Path(
+    os.environ.get("HUBERT_RAY_LIBRISPEECH") or Path(__file__).parents[2].parent / "shared" / "data" / "LibriSpeech"
+)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no LibriSpeech at {REAL}; name one with HUBERT_RAY_LIBRISPEECH")
+def test_the_real_tree():
+    alignments = REAL.parent / "alignments"
+    opened = source(REAL, alignments=str(alignments) if alignments.is_dir() else None, dev_speakers=("26",))
+    groups = opened.groups()
+    assert len(groups) == 254
+    assert {group.name.split("/")[0] for group in groups} == {"train-clean-100"}
+    assert len({group.name.split("/")[1] for group in groups}) == 251
+    assert sum(1 for group in groups for _ in (REAL / group.name).glob("*.flac")) == 615
+    assert {g.name.split("/")[1] for g in groups if g.split == "dev"} == {"26"}
+    smallest = min((g for g in groups if g.split == "dev"), key=lambda g: g.bytes)
+    items = list(opened.read(smallest))
+    assert items
+    for item in items:
+        assert isinstance(item, RawUtterance)
+        assert (item.speaker, item.split) == ("26", "dev")
+        assert item.utterance_id.startswith("26-")
+        assert item.text
+        samples, rate = audio.examine(item.audio)
+        assert rate == 16_000
+        if alignments.is_dir():
+            assert item.phones
+            assert item.phones[0][0] == 0
+            assert item.phones[-1][1] <= samples

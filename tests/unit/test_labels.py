@@ -1,0 +1,227 @@
+"""Does every frame get its own label: joined by id, checked against the audio, cut together with the waveform?"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+
+from hubert_ray.data.audio import normalise
+from hubert_ray.data.batching import MicroBatch
+from hubert_ray.data.collate import UtteranceReader, pad
+from hubert_ray.data.frames import crop_labels, frames_of, mfcc_frames_of, samples_of
+from hubert_ray.data.labels import LabelStore, _rows
+from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance, write_shard
+from hubert_ray.errors import LabelError
+from hubert_ray.storage import layout, schemas
+from hubert_ray.storage.filesystem import Storage
+
+RATES = pytest.mark.parametrize("rate", [50, 100])
+SAMPLES = {"a": 16_000, "b": 5_000, "c": 400, "d": 40_123, "e": 12_345}
+SHARDS = {"a": "train-00000", "b": "train-00000", "c": "train-00001", "d": "train-00001", "e": "train-00001"}
+BASES = {name: 1000 * number for number, name in enumerate(SAMPLES)}  # a label is its utterance's base + its frame
+
+
+def manifest_of(names: str) -> Manifest:
+    rows = [{"utterance_id": name, "shard": SHARDS[name], "samples": SAMPLES[name], "split": "train"} for name in names]
+    return Manifest(pa.Table.from_pylist(rows, schema=schemas.MANIFEST))
+
+
+def labels_of(name: str, rate: int) -> np.ndarray:
+    count = frames_of(SAMPLES[name]) if rate == 50 else mfcc_frames_of(SAMPLES[name])
+    return (BASES[name] + np.arange(count)).astype(np.uint16)
+
+
+def write(storage: Storage, rate: int, parts: dict[str, list[tuple[str, np.ndarray]]]) -> None:
+    for shard, rows in parts.items():
+        table = pa.Table.from_pylist(
+            [{"utterance_id": name, "labels": labels, "frame_rate_hz": rate} for name, labels in rows],
+            schema=schemas.LABELS,
+        )
+        storage.write(f"labels/{layout.part(shard)}", schemas.encode(table))
+
+
+def parts_of(order: str, rate: int) -> dict[str, list[tuple[str, np.ndarray]]]:
+    parts: dict[str, list[tuple[str, np.ndarray]]] = {shard: [] for shard in sorted(set(SHARDS.values()))}
+    for name in order:
+        parts[SHARDS[name]].append((name, labels_of(name, rate)))
+    return parts
+
+
+@pytest.fixture
+def storage(tmp_path) -> Storage:
+    return Storage(str(tmp_path))
+
+
+# --- the join ---------------------------------------------------------------------------------------------------------
+
+
+@RATES
+@pytest.mark.parametrize("order", ["abcde", "edcba", "cbead"])
+@pytest.mark.parametrize("selection", ["abcde", "dbeca", "bd"])
+def test_labels_are_joined_by_id_whatever_the_order_of_rows(storage, rate, order, selection):
+    write(storage, rate, parts_of(order, rate))  # also labels of utterances outside the selection, as of the dev split
+    store = LabelStore(storage, "labels", manifest_of(selection), rate)
+    for row, name in enumerate(selection):
+        assert store.window(row, slice(None)).dtype == np.uint16
+        assert store.window(row, slice(None)).tolist() == labels_of(name, rate).tolist()
+
+
+def test_histogram_counts_the_selection_only(storage):
+    write(storage, 50, parts_of("abcde", 50))
+    histogram = LabelStore(storage, "labels", manifest_of("bd"), 50).histogram(5000)
+    expected = np.bincount(np.concatenate([labels_of("b", 50), labels_of("d", 50)]), minlength=5000)
+    assert np.array_equal(histogram, expected)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda labels: labels[:-1], lambda labels: np.append(labels, 1), lambda labels: labels[:0]]
+)
+def test_another_number_of_labels_is_refused(storage, change):
+    parts = parts_of("abcde", 50)
+    parts["train-00001"] = [(name, change(labels) if name == "d" else labels) for name, labels in parts["train-00001"]]
+    write(storage, 50, parts)
+    with pytest.raises(LabelError, match=r"'d' has \d+ labels; its audio has 125 frames at 50 Hz"):
+        LabelStore(storage, "labels", manifest_of("abcde"), 50)
+    LabelStore(storage, "labels", manifest_of("ab"), 50)  # whose shard is sound
+
+
+def test_missing_labels_are_refused(storage):
+    write(storage, 50, parts_of("abd", 50))
+    with pytest.raises(LabelError, match="2 of 5 utterances have no labels in labels, 'c' for one"):
+        LabelStore(storage, "labels", manifest_of("abcde"), 50)
+
+
+def test_labels_twice_are_refused(storage):
+    write(storage, 50, parts_of("abcdeb", 50))
+    with pytest.raises(LabelError, match="'b' has 15 labels a second time"):
+        LabelStore(storage, "labels", manifest_of("abcde"), 50)
+
+
+@RATES
+def test_another_frame_rate_is_refused(storage, rate):
+    write(storage, rate, parts_of("abcde", rate))
+    with pytest.raises(LabelError, match=rf"at \[{rate}\] Hz, expected {150 - rate} Hz"):
+        LabelStore(storage, "labels", manifest_of("abcde"), 150 - rate)
+
+
+def test_two_rates_in_one_part_are_refused(storage):
+    write(storage, 50, parts_of("abcde", 50))
+    part = f"labels/{layout.part('train-00000')}"
+    table = schemas.decode(storage.read(part))
+    mixed = table.set_column(2, "frame_rate_hz", pa.array([50, 100], pa.int16()))
+    storage.write(part, schemas.encode(mixed))
+    with pytest.raises(LabelError, match="at .50, 100. Hz"):
+        LabelStore(storage, "labels", manifest_of("abcde"), 50)
+
+
+def test_list_rows_of_slices_and_chunks():
+    lists = [[0, 1, 2], [], [3], [4, 5], [6, 7, 8, 9]]
+    whole = pa.array(lists, pa.list_(pa.uint16()))
+    empty = whole.slice(0, 0)
+    for column in (
+        [whole],
+        [whole.slice(1, 3)],
+        [whole.slice(3), empty, whole.slice(0, 3), whole.slice(2, 1)],
+        [empty],
+        [],
+    ):
+        chunked = pa.chunked_array(column, pa.list_(pa.uint16()))
+        assert [row.tolist() for row in _rows(chunked)] == chunked.to_pylist()
+
+
+@RATES
+def test_labels_of_chunked_and_sliced_tables(storage, rate, monkeypatch):
+    """Parquet readers may hand a column over in several chunks, and a chunk may be a window on a larger array."""
+    write(storage, rate, parts_of("abcde", rate))
+    decode = schemas.decode
+
+    def in_pieces(data: bytes) -> pa.Table:
+        table = decode(data)
+        return pa.concat_tables([table.slice(1), table.slice(0, 0), table.slice(0, 1)])
+
+    monkeypatch.setattr(schemas, "decode", in_pieces)
+    store = LabelStore(storage, "labels", manifest_of("abcde"), rate)
+    for row, name in enumerate("abcde"):
+        assert store.window(row, slice(None)).tolist() == labels_of(name, rate).tolist()
+
+
+# --- crops ------------------------------------------------------------------------------------------------------------
+
+
+@RATES
+def test_a_crops_labels_are_those_of_its_frames(storage, rate):
+    write(storage, rate, parts_of("abcde", rate))
+    store = LabelStore(storage, "labels", manifest_of("abcde"), rate)
+    per_frame = rate // 50
+    for row, name in enumerate("abcde"):
+        total = frames_of(SAMPLES[name])
+        for first in {0, 1, total // 2, total - 1} & set(range(total)):
+            frames = total - first
+            got = store.window(row, crop_labels(320 * first, frames, rate)).astype(int) - BASES[name]
+            assert got.tolist() == [per_frame * (first + t) for t in range(frames)]
+
+
+RAMP = 2.0**-16  # step of the ramp: exact in float32, below 1 for 65,536 samples
+
+
+def ramp_corpus(storage: Storage) -> Manifest:
+    """The five utterances as float WAVs whose sample values tell their positions: value / RAMP is the sample's index."""
+    tables = []
+    for shard in sorted(set(SHARDS.values())):
+        raws = []
+        for name in (n for n in SAMPLES if SHARDS[n] == shard):
+            buffer = io.BytesIO()
+            wave = (np.arange(SAMPLES[name]) * RAMP).astype(np.float32)
+            soundfile.write(buffer, wave, 16_000, format="WAV", subtype="FLOAT")
+            raws.append(RawUtterance(name, "s", "train", "wav", buffer.getvalue()))
+        tables.append(write_shard(storage, "corpora/c", shard, raws).manifest)
+    return Manifest(pa.concat_tables(tables))
+
+
+@RATES
+def test_waveform_and_labels_are_cut_together(storage, rate):
+    manifest = ramp_corpus(storage)
+    write(storage, rate, parts_of("edcba", rate))
+    store = LabelStore(storage, "labels", manifest, rate)
+    reader = UtteranceReader(AudioReader(storage, "corpora/c"), manifest, normalize=False)
+    starts = np.array([0, 320 * 7, 320 * 110, 320 * 23, 0])
+    rows = np.array([0, 4, 3, 0, 1])
+    crops = reader.crops(MicroBatch(step=0, index=0, rows=rows, starts=starts, frames=15), store)
+    assert crops.wave_BS.shape == (5, samples_of(15))
+    assert crops.wave_BS.dtype.is_floating_point
+    assert crops.labels_BT.shape == (5, 15)
+    ids = manifest.table["utterance_id"].to_pylist()
+    for k, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        positions = np.round(crops.wave_BS[k].numpy() / RAMP).astype(int)
+        assert positions.tolist() == list(range(start, start + samples_of(15)))
+        frame_starts = positions[::320][:15]  # the first sample of each frame, as the waveform itself tells it
+        label_starts = (crops.labels_BT[k].numpy() - BASES[ids[row]]) * (16_000 // rate)
+        assert label_starts.tolist() == frame_starts.tolist()
+
+
+def test_normalisation_is_over_the_whole_utterance_not_the_crop(storage):
+    manifest = ramp_corpus(storage)
+    write(storage, 50, parts_of("abcde", 50))
+    store = LabelStore(storage, "labels", manifest, 50)
+    reader = UtteranceReader(AudioReader(storage, "corpora/c"), manifest, normalize=True)
+    whole = normalise((np.arange(SAMPLES["a"]) * RAMP).astype(np.float32))
+    assert np.array_equal(reader.wave(0), whole)
+    crops = reader.crops(MicroBatch(0, 0, np.array([0]), np.array([3200]), 20), store)
+    assert np.array_equal(crops.wave_BS[0].numpy(), whole[3200 : 3200 + samples_of(20)])
+
+
+def test_padded_keeps_whole_utterances_and_their_lengths(storage):
+    manifest = ramp_corpus(storage)
+    reader = UtteranceReader(AudioReader(storage, "corpora/c"), manifest, normalize=False)
+    padded = reader.padded([1, 0, 2])
+    assert padded.samples_B.tolist() == [5_000, 16_000, 400]
+    assert padded.wave_BS.shape == (3, 16_000)
+    for k, row in enumerate((1, 0, 2)):
+        samples = int(padded.samples_B[k])
+        assert np.array_equal(padded.wave_BS[k, :samples].numpy(), reader.wave(row))
+        assert not padded.wave_BS[k, samples:].any()
+    assert pad([np.ones(3, dtype=np.float32)]).wave_BS.tolist() == [[1, 1, 1]]
