@@ -132,7 +132,9 @@ def _plan(options: argparse.Namespace) -> None:
     for planned in pipeline.plan(recipe, storage):
         state = f"done in {planned.seal.facts['seconds']:.1f} s" if planned.seal else "to do"
         inputs = ", ".join(planned.stage.inputs.values()) if planned.stage.kind != "report" else "all of the above"
-        print(f"  {planned.stage.name:24} {planned.artifact.identity.fingerprint}  {state:18} from: {inputs or 'source'}")
+        print(
+            f"  {planned.stage.name:24} {planned.artifact.identity.fingerprint}  {state:18} from: {inputs or 'source'}"
+        )
 
 
 def _show(options: argparse.Namespace) -> None:

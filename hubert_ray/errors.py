@@ -31,6 +31,9 @@ class AudioError(HubertRayError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self):
+        return AudioError, (self.reason, self.detail)
+
 
 class LabelError(HubertRayError):
     """Labels do not belong to the audio, the recipe or the frame rate they are used with."""

@@ -132,7 +132,9 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
 
 
 def _path(recipe: Recipe, stage: Stage) -> str:
-    return layout.corpus(recipe.corpus.name) if stage.kind == "prepare_data" else layout.artifact(recipe.name, stage.name)
+    return (
+        layout.corpus(recipe.corpus.name) if stage.kind == "prepare_data" else layout.artifact(recipe.name, stage.name)
+    )
 
 
 def _identity_settings(stage: Stage) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/assign_labels.py --recipe NAME --storage URL`: the stage assign_labels, as `hubert-ray assign_labels`."""
+"""The stage assign_labels as a Ray job: `ray job submit … -- python jobs/assign_labels.py --recipe NAME --storage URL`."""
 
 import sys
 

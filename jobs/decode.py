@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/decode.py --recipe NAME --storage URL`: the stage decode, as `hubert-ray decode`."""
+"""The stage decode as a Ray job: `ray job submit … -- python jobs/decode.py --recipe NAME --storage URL`."""
 
 import sys
 

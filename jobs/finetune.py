@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/finetune.py --recipe NAME --storage URL`: the stage finetune, as `hubert-ray finetune`."""
+"""The stage finetune as a Ray job: `ray job submit … -- python jobs/finetune.py --recipe NAME --storage URL`."""
 
 import sys
 

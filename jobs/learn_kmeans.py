@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/learn_kmeans.py --recipe NAME --storage URL`: the stage learn_kmeans, as `hubert-ray learn_kmeans`."""
+"""The stage learn_kmeans as a Ray job: `ray job submit … -- python jobs/learn_kmeans.py --recipe NAME --storage URL`."""
 
 import sys
 

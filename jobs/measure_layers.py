@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/measure_layers.py --recipe NAME --storage URL`: the stage measure_layers, as `hubert-ray measure_layers`."""
+"""The stage measure_layers as a Ray job: `ray job submit … -- python jobs/measure_layers.py --recipe NAME --storage URL`."""
 
 import sys
 

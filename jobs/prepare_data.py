@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/prepare_data.py --recipe NAME --storage URL`: the stage prepare_data, as `hubert-ray prepare_data`."""
+"""The stage prepare_data as a Ray job: `ray job submit … -- python jobs/prepare_data.py --recipe NAME --storage URL`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/pretrain.py --recipe NAME --storage URL`: the stage pretrain, as `hubert-ray pretrain`."""
+"""The stage pretrain as a Ray job: `ray job submit … -- python jobs/pretrain.py --recipe NAME --storage URL`."""
 
 import sys
 

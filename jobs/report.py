@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/report.py --recipe NAME --storage URL`: the stage report, as `hubert-ray report`."""
+"""The stage report as a Ray job: `ray job submit … -- python jobs/report.py --recipe NAME --storage URL`."""
 
 import sys
 

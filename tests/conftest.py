@@ -20,7 +20,11 @@ def ray_local():
     import ray
 
     ray.init(
-        num_cpus=4, object_store_memory=256 * 2**20, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+        num_cpus=4,
+        object_store_memory=256 * 2**20,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
     )
     yield
     ray.shutdown()

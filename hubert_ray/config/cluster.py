@@ -29,3 +29,4 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_failures: int = 3  # lost workers that a stage survives
     keep_checkpoints: int = 2
     object_store_mib: int = 512  # of a Ray that we start ourselves
+    worker_logs: bool = False  # show on the console what worker processes print

@@ -38,7 +38,9 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
     elif source.endswith(".toml") or Path(source).exists():
         data = _read(source)
     else:
-        raise RecipeError(f"'{source}' is neither a preset ({', '.join(PRESETS)}) nor a recipe file{_hint(source, PRESETS)}")
+        raise RecipeError(
+            f"'{source}' is neither a preset ({', '.join(PRESETS)}) nor a recipe file{_hint(source, PRESETS)}"
+        )
     return _check(_convert(_override(data, overrides), Recipe))
 
 
@@ -61,7 +63,9 @@ def _read(file: str) -> dict[str, Any]:
     if preset is None:
         return changes
     if preset not in PRESETS:
-        raise RecipeError(f"{file}: preset '{preset}' does not exist; there are {', '.join(PRESETS)}{_hint(preset, PRESETS)}")
+        raise RecipeError(
+            f"{file}: preset '{preset}' does not exist; there are {', '.join(PRESETS)}{_hint(preset, PRESETS)}"
+        )
     data = _plain(PRESETS[preset])
     _merge(data, changes, "")
     return data
@@ -104,7 +108,9 @@ def _merge(data: dict[str, Any] | list[Any], changes: dict[str, Any], where: str
         if isinstance(data, dict) and key not in data:
             raise RecipeError(f"'{dotted}' is no setting{_hint(key, data)}; there are {', '.join(data)}")
         old = data[slot]  # type: ignore[index]
-        switches = isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) != old.get("kind")
+        switches = (
+            isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) != old.get("kind")
+        )
         if isinstance(value, dict) and isinstance(old, (dict, list)) and not switches:
             _merge(old, value, dotted)
         else:
@@ -132,7 +138,9 @@ def _check(recipe: Recipe) -> Recipe:
     names = [recipe.name, recipe.corpus.name, *(iteration.name for iteration in recipe.iterations)]
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise RecipeError(f"'{name}' becomes a folder: use letters, digits, '_', '-' and '.', beginning with one of the first two")
+            raise RecipeError(
+                f"'{name}' becomes a folder: use letters, digits, '_', '-' and '.', beginning with one of the first two"
+            )
     if not recipe.iterations:
         raise RecipeError("a recipe needs at least one iteration")
     if len(set(names[2:])) < len(names[2:]):

@@ -34,31 +34,35 @@ _DEMO_PRETRAIN = Pretrain(
     log_steps=20,
 )
 
+_DEMO_KMEANS = Kmeans(clusters=100, max_iterations=15, tolerance=1e-3)
+
+_DEMO_FINETUNE = Finetune(
+    label_seconds=600.0,
+    steps=180,
+    batch_seconds=40.0,
+    micro_batch_seconds=40.0,
+    channel_mask_prob=0.0,
+    layer_drop=0.0,
+    activation_dropout=0.0,
+    clip_norm=1.0,
+    sweep=Sweep(trials=4, peak_lr=(1e-3, 4e-3), freeze_share=(0.0, 0.15), mask_prob=(0.0, 0.2)),
+    scratch_sweep=Sweep(trials=2, peak_lr=(1e-3, 4e-3), freeze_share=(0.0, 0.0), mask_prob=(0.0, 0.2)),
+)
+
 DEMO = Recipe(
     name="demo",
     corpus=EmbeddedCorpus(),
     iterations=(
-        Iteration(name="iter1", teacher=Mfcc(), kmeans=Kmeans(clusters=100), model=TINY, pretrain=_DEMO_PRETRAIN),
+        Iteration(name="iter1", teacher=Mfcc(), kmeans=_DEMO_KMEANS, model=TINY, pretrain=_DEMO_PRETRAIN),
         Iteration(
             name="iter2",
             teacher=Layer(of="iter1", layer=3),
-            kmeans=Kmeans(clusters=100, sample_share=0.5),
+            kmeans=structs.replace(_DEMO_KMEANS, sample_share=0.5),
             model=TINY,
             pretrain=_DEMO_PRETRAIN,
         ),
     ),
-    finetune=Finetune(
-        label_seconds=600.0,
-        steps=180,
-        batch_seconds=40.0,
-        micro_batch_seconds=40.0,
-        channel_mask_prob=0.0,
-        layer_drop=0.0,
-        activation_dropout=0.0,
-        clip_norm=1.0,
-        sweep=Sweep(trials=4, peak_lr=(1e-3, 4e-3), freeze_share=(0.0, 0.15), mask_prob=(0.0, 0.2)),
-        scratch_sweep=Sweep(trials=2, peak_lr=(1e-3, 4e-3), freeze_share=(0.0, 0.0), mask_prob=(0.0, 0.2)),
-    ),
+    finetune=_DEMO_FINETUNE,
     decode=Decode(ngram_order=3, beam=50, word_scores=(0.0, 1.0)),
 )
 
@@ -74,7 +78,7 @@ SMALL = structs.replace(
         )
         for iteration in DEMO.iterations
     ),
-    finetune=structs.replace(DEMO.finetune, steps=500),
+    finetune=structs.replace(_DEMO_FINETUNE, steps=500),
 )
 
 _LS960 = LibriSpeech(name="librispeech-960h", path="LibriSpeech")

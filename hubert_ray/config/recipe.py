@@ -13,13 +13,14 @@ from hubert_ray.config.sizes import ModelSize
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all settings: immutable, keyword-only, unknown names refused."""
+    """Base of all settings: unknown names are refused. A subclass says `frozen` and `kw_only` for itself, since neither
+    type checkers nor (for `kw_only`) msgspec let it inherit them."""
 
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
 
 
-class EmbeddedCorpus(_Settings, tag="embedded", tag_field="kind"):
+class EmbeddedCorpus(_Settings, frozen=True, kw_only=True, tag="embedded", tag_field="kind"):
     """Synthetic speech made offline by espeak-ng (extra `demo`), with transcripts and phone times."""
 
     name: str = "embedded"
@@ -31,7 +32,7 @@ class EmbeddedCorpus(_Settings, tag="embedded", tag_field="kind"):
     seed: int = 0
 
 
-class LibriSpeech(_Settings, tag="librispeech", tag_field="kind"):
+class LibriSpeech(_Settings, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
     """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
 
     Subsets named train-*, dev-*, test-* fall into those splits; `dev_speakers` and `test_speakers` move whole speakers
@@ -52,11 +53,11 @@ Corpus = EmbeddedCorpus | LibriSpeech
 # --- one HuBERT iteration ---------------------------------------------------------------------------------------------
 
 
-class Mfcc(_Settings, tag="mfcc", tag_field="kind"):
+class Mfcc(_Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
     """Teacher of the first iteration: 39-d MFCC with deltas at 100 Hz, exactly as fairseq computes them."""
 
 
-class Layer(_Settings, tag="layer", tag_field="kind"):
+class Layer(_Settings, frozen=True, kw_only=True, tag="layer", tag_field="kind"):
     """Teacher of a later iteration: the output of transformer block `layer` (1-based, after the residual) at 50 Hz."""
 
     of: str  # name of an earlier iteration of this recipe, or path of an exported model folder
@@ -66,7 +67,7 @@ class Layer(_Settings, tag="layer", tag_field="kind"):
 Teacher = Mfcc | Layer
 
 
-class Kmeans(_Settings):
+class Kmeans(_Settings, frozen=True, kw_only=True):
     """How the codebook is fitted (PAPER section 3.2; full-batch Lloyd instead of scikit-learn's mini-batches)."""
 
     clusters: int  # n_clusters: 100 for MFCC, 500 for transformer features
@@ -77,7 +78,7 @@ class Kmeans(_Settings):
     seed: int = 0
 
 
-class Mask(_Settings):
+class Mask(_Settings, frozen=True, kw_only=True):
     """Span masking of pretraining (PAPER section 10.3)."""
 
     prob: float = 0.80  # mask_prob: share of frames that spans would cover without overlap = start probability x length
@@ -85,7 +86,7 @@ class Mask(_Settings):
     min_spans: int = 2  # no_mask_min: spans per utterance at least
 
 
-class Pretrain(_Settings):
+class Pretrain(_Settings, frozen=True, kw_only=True):
     """Masked-prediction training (PAPER section 2)."""
 
     steps: int  # max_update
@@ -109,7 +110,7 @@ class Pretrain(_Settings):
     seed: int = 1337  # seed
 
 
-class Iteration(_Settings):
+class Iteration(_Settings, frozen=True, kw_only=True):
     """features from `teacher` -> codebook -> labels -> a model trained from random weights on them."""
 
     name: str
@@ -122,7 +123,7 @@ class Iteration(_Settings):
 # --- recogniser -------------------------------------------------------------------------------------------------------
 
 
-class Sweep(_Settings):
+class Sweep(_Settings, frozen=True, kw_only=True):
     """The Ray Tune search over fine-tuning: peak learning rates x freeze shares drawn per trial (PAPER section 5.1)."""
 
     trials: int = 4
@@ -133,7 +134,7 @@ class Sweep(_Settings):
     seed: int = 0
 
 
-class Finetune(_Settings):
+class Finetune(_Settings, frozen=True, kw_only=True):
     """CTC fine-tuning (PAPER section 5). Audio is padded, never cropped. The conv encoder stays frozen."""
 
     label_seconds: float = 600.0  # transcribed train audio that may be used; 600 = the paper's 10-minute split
@@ -156,7 +157,7 @@ class Finetune(_Settings):
     seed: int = 0
 
 
-class Decode(_Settings):
+class Decode(_Settings, frozen=True, kw_only=True):
     """Greedy and n-gram beam search (PAPER section 6); weights are chosen on dev, test is decoded once."""
 
     ngram_order: int = 4
@@ -166,7 +167,7 @@ class Decode(_Settings):
     word_scores: tuple[float, ...] = (-1.0, 0.0, 1.0)  # w2, grid tried on dev
 
 
-class Recipe(_Settings):
+class Recipe(_Settings, frozen=True, kw_only=True):
     """A whole run."""
 
     name: str

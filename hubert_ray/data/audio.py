@@ -25,8 +25,8 @@ MAX_FILTER_TAPS = 10_000_000  # of the resampling filters; 44.1 kHz has 70,560, 
 def decode(data: bytes) -> np.ndarray:
     """The 16 kHz waveform of compressed audio, shape (S,), float32.
 
-    Raises AudioError with reason `empty`, `undecodable`, `too_long`, `not_finite`, `sample_rate` (too odd to resample) or
-    `too_short` (below 400 samples, one frame of the model).
+    Raises AudioError with reason `empty`, `undecodable`, `too_long`, `not_finite`, `sample_rate` (too odd to resample)
+    or `too_short` (below 400 samples, one frame of the model).
     """
     if not data:
         raise AudioError("empty", "0 bytes")
@@ -40,7 +40,7 @@ def decode(data: bytes) -> np.ndarray:
             wave_SC = file.read(dtype="float32", always_2d=True)
             declared = file.frames
     except (soundfile.SoundFileError, ValueError, MemoryError) as error:
-        # libsndfile's own words: str(error) also names a memory address, and the quarantine table must not depend on it.
+        # libsndfile's own words: str(error) also names a memory address, which would differ from run to run.
         raise AudioError("undecodable", getattr(error, "error_string", str(error))) from error
     if len(wave_SC) < declared:
         raise AudioError("undecodable", f"ends after {len(wave_SC)} of {declared} samples")
@@ -66,7 +66,7 @@ def examine(data: bytes) -> tuple[int, int]:
 
 
 def normalise(wave_S: np.ndarray) -> np.ndarray:
-    """Zero mean and unit variance over the whole utterance, as Large and X-Large expect (epsilon 1e-5 as layer norm)."""
+    """Zero mean, unit variance over the whole utterance, as Large and X-Large expect (epsilon 1e-5 as layer norm)."""
     return (wave_S - wave_S.mean()) / np.sqrt(wave_S.var() + 1e-5)
 
 

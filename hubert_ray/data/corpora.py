@@ -76,10 +76,10 @@ class EmbeddedSource:
 
 
 class LibriSpeechSource:
-    """`<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac` and `<speaker>-<chapter>.trans.txt`; a group is a chapter.
+    """`<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac` and `<speaker>-<chapter>.trans.txt`.
 
-    A missing transcript leaves the utterance without text. Phone times, where `alignments` has the same tree with
-    `<utterance>.phn` files of `start end phone` lines in samples, are read along.
+    A group is a chapter. A missing transcript leaves the utterance without text. Phone times, where `alignments` has the
+    same tree with `<utterance>.phn` files of `start end phone` lines in samples, are read along.
     """
 
     def __init__(self, corpus: LibriSpeech):
@@ -105,8 +105,8 @@ class LibriSpeechSource:
         absent = sorted(self._moved.keys() - {chapter.parent.name for chapter in chapters})
         if absent:
             raise CorpusError(
-                f"corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, but '{self._root}' has no such speaker; "
-                "give the names of speaker folders"
+                f"corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, but '{self._root}' has no "
+                "such speaker; give the names of speaker folders"
             )
         return [
             Group(chapter.relative_to(self._root).as_posix(), self._split(chapter), size)

@@ -8,6 +8,8 @@ Crops start on multiples of 320; then a crop's frame t *is* the utterance's fram
 
 from __future__ import annotations
 
+from hubert_ray.errors import HubertRayError
+
 SAMPLE_RATE = 16_000
 STRIDE = 320  # samples between two model frames: 20 ms
 RECEPTIVE_FIELD = 400  # samples one model frame sees: 25 ms
@@ -18,7 +20,7 @@ CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 
 
-class FrameError(ValueError):
+class FrameError(HubertRayError):
     """A length, a crop or a label rate that does not fit the frame grid."""
 
 

@@ -1,7 +1,7 @@
 """Where are the labels of utterance N? In one flat file on the worker's disk, found by manifest row.
 
-Label parts are keyed by utterance id. They are joined to the manifest once, checked against the audio's length, and laid
-end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz, of which only touched pages are in memory.
+Label parts are keyed by utterance id. They are joined to the manifest once, checked against the audio's length, and
+laid end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz, of which only touched pages are in memory.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class LabelStore:
         if not found.all():
             missing = ids[int(np.flatnonzero(~found)[0])].as_py()
             raise LabelError(
-                f"{np.count_nonzero(~found)} of {len(found)} utterances have no labels in {labels_path}, '{missing}' for one. "
-                "Labels and corpus do not belong together: run assign_labels again."
+                f"{np.count_nonzero(~found)} of {len(found)} utterances have no labels in {labels_path}, '{missing}' "
+                "for one. Labels and corpus do not belong together: run assign_labels again."
             )
 
     def _check_rate(self, part: pa.Table, shard: str) -> None:
@@ -78,7 +78,7 @@ class LabelStore:
 
 
 def _rows(lists: pa.ChunkedArray) -> Iterator[np.ndarray]:
-    """The values of each list, without copies. Offsets count within their chunk's `values`, also where it is a slice."""
+    """The values of each list, without copies. Offsets count within their chunk's `values`, also in a slice."""
     for chunk in lists.chunks:
         values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
         for start, stop in itertools.pairwise(offsets.tolist()):

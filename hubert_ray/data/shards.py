@@ -53,7 +53,9 @@ class ShardTables:
     quarantine: pa.Table
 
 
-def write_shard(storage: Storage, corpus_path: str, shard: str, utterances: Iterable[RawUtterance | Rejected]) -> ShardTables:
+def write_shard(
+    storage: Storage, corpus_path: str, shard: str, utterances: Iterable[RawUtterance | Rejected]
+) -> ShardTables:
     """Writes one tar and returns its manifest rows and its quarantine rows. The tar's bytes depend on its input only."""
     rows: list[dict] = []
     rejected: list[Rejected] = []

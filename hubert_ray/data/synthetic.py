@@ -1,4 +1,4 @@
-"""Where does speech come from when there is none? The embedded corpus: sentences of a small grammar, spoken offline.
+"""Where does speech come from when there is none? The embedded corpus: invented sentences (`sentences.py`), spoken offline.
 
 espeak-ng (extra `demo`, in a process of its own: `espeak_voice.py`) speaks for invented voices; a light room, noise
 and gain make the signal less clean. Transcripts and phone times come from the synthesiser, so the whole recipe can be
@@ -9,7 +9,6 @@ Splits share neither speakers nor sentences. All samples are at 16 kHz unless na
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import subprocess
@@ -19,12 +18,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 
 from hubert_ray.config.recipe import EmbeddedCorpus
+from hubert_ray.data.sentences import Split, sentences
 from hubert_ray.errors import CorpusError
 
 SAMPLE_RATE_HZ = 16_000
@@ -32,68 +32,8 @@ CHAPTER = "0"
 MIN_SECONDS = 2.1  # shorter utterances get more silence: pretraining drops what is under 2 s
 SPEAKER_TIMEOUT_SECONDS = 900.0
 
-Split = Literal["train", "dev", "test"]
 _FIRST_SPEAKER_ID: dict[Split, int] = {"train": 1001, "dev": 11001, "test": 21001}
 MAX_SPEAKERS_PER_SPLIT = 10_000  # ids of two splits would meet
-
-# --- sentences --------------------------------------------------------------------------------------------------------
-
-# Lower case expands, upper case is a word, `|` separates choices of equal weight. "A" becomes "AN" before a vowel.
-GRAMMAR = {
-    "sentence": "person did thing place | person did thing when | person went place | person went place when"
-    " | when group did thing place | group did thing AND went place | person did thing AND went when"
-    " | when person went place | person went AND group did thing | group went place AND did thing",
-    "person": "owner human | owner mood human",
-    "thing": "owner object | owner look object | family FATHER'S object",
-    "place": "where THE site | where A site | where THE OLD site | where family site",
-    "owner": "THE | A | MY | HER",
-    "family": "MY | HER",
-    "human": "BOY | GIRL | FATHER | MOTHER | TEACHER | DOCTOR | CHILD | FISHERMAN",
-    "mood": "OLD | YOUNG | HAPPY | GOOD",
-    "object": "BOOK | COIN | WATCH | TELEVISION | TREASURE | CAKE | JACKET | BREAD",
-    "look": "SMALL | GREEN | YELLOW | THIN | GOOD | OLD",
-    "site": "GARDEN | BRIDGE | HOUSE | RIVER | CHURCH | KITCHEN | SHOP",
-    "where": "NEAR | BEHIND | ACROSS | THROUGH | WITHIN",
-    "did": "FOUND | SAW | TOOK | BROUGHT | WASHED | PUSHED",
-    "went": "WALKED | SANG | SLEPT | STOOD",
-    "when": "TODAY | NOW | AGAIN | YESTERDAY",
-    "group": "THEY | WE",
-}
-MIN_WORDS, MAX_WORDS = 5, 9
-_CHOICES = {name: [choice.split() for choice in body.split("|")] for name, body in GRAMMAR.items()}
-
-
-def vocabulary() -> list[str]:
-    """Every word that a transcript can hold."""
-    words = {word for choices in _CHOICES.values() for choice in choices for word in choice if word not in _CHOICES}
-    return sorted(words | {"AN"})
-
-
-def _expand(symbol: str, rng: np.random.Generator) -> list[str]:
-    if symbol not in _CHOICES:
-        return [symbol]
-    choices = _CHOICES[symbol]
-    return [word for part in choices[rng.integers(len(choices))] for word in _expand(part, rng)]
-
-
-def split_of(sentence: str) -> Split:
-    """The one split that may hold this sentence: 8 in 10 train, 1 dev, 1 test, by its hash."""
-    bucket = hashlib.sha256(sentence.encode()).digest()[0] % 10
-    return "dev" if bucket == 0 else "test" if bucket == 1 else "train"
-
-
-def sentences(split: Split, count: int, rng: np.random.Generator) -> list[str]:
-    """`count` distinct sentences of one split, in the order drawn."""
-    drawn: dict[str, None] = {}
-    while len(drawn) < count:
-        words = _expand("sentence", rng)
-        pairs = pairwise([*words, "."])
-        articles = ["AN" if word == "A" and after[0] in "AEIOU" else word for word, after in pairs]
-        sentence = " ".join(articles)
-        if MIN_WORDS <= len(words) <= MAX_WORDS and split_of(sentence) == split:
-            drawn[sentence] = None
-    return list(drawn)
-
 
 # --- speakers ---------------------------------------------------------------------------------------------------------
 

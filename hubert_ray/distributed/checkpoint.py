@@ -8,6 +8,7 @@ what Ray remembers (a checkpoint that was reported to Ray Train can be lost with
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ import torch
 import torch.distributed
 
 from hubert_ray.distributed import zero
+from hubert_ray.distributed.zero import ParameterState
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
@@ -40,7 +42,9 @@ def save(trainer: Any, step: int, storage: Storage, folder: str, keep: int) -> N
 
 def steps(storage: Storage, folder: str) -> list[int]:
     """Steps of the sealed checkpoints below an artifact's folder, ascending."""
-    sealed = (name for name in storage.list(f"{folder}/checkpoints", recursive=True) if name.endswith("/" + layout.SEAL))
+    sealed = (
+        name for name in storage.list(f"{folder}/checkpoints", recursive=True) if name.endswith("/" + layout.SEAL)
+    )
     return sorted(int(name.split("/")[0].removeprefix("step-")) for name in sealed)
 
 
@@ -48,25 +52,24 @@ def load_weights(model: torch.nn.Module, step: int, storage: Storage, folder: st
     """Puts the saved values into a model that is not yet in an engine."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in _tensors(storage, folder, step, "value"):
-            parameters[name].copy_(value)
+        for state in _states(step, storage, folder):
+            parameters[state.name].copy_(state.value)
 
 
 def load_optimizer(trainer: Any, step: int, storage: Storage, folder: str) -> None:
     """Puts the saved values and moments into an engine, at whatever number of workers it runs."""
     zero.prepare_moments(trainer, step)
-    values = dict(_tensors(storage, folder, step, "value"))
-    moments = {key: dict(_tensors(storage, folder, step, key)) for key in zero.MOMENTS}
-    for name, value in values.items():
-        own = {key: moments[key][name] for key in zero.MOMENTS if name in moments[key]}
-        zero.load_state(trainer, zero.ParameterState(name, value, own))
+    zero.load_states(trainer, _states(step, storage, folder))
 
 
-def _tensors(storage: Storage, folder: str, step: int, kind: str):
+def _states(step: int, storage: Storage, folder: str) -> Iterator[ParameterState]:
+    """Every saved parameter, one part in memory at a time; a parameter's tensors all lie in one part."""
     path = f"{folder}/{layout.checkpoint(step)}"
     parts = msgspec.json.decode(storage.read(f"{path}/{layout.SEAL}"))["parts"]
     for part in range(parts):
-        for name, tensor in safetensors.torch.load(storage.read(f"{path}/part-{part:05d}.safetensors")).items():
-            prefix, _, parameter = name.partition("/")
-            if prefix == kind:
-                yield parameter, tensor
+        tensors = safetensors.torch.load(storage.read(f"{path}/part-{part:05d}.safetensors"))
+        for key in tensors:
+            kind, _, name = key.partition("/")
+            if kind == "value":
+                moments = {m: tensors[f"{m}/{name}"] for m in zero.MOMENTS if f"{m}/{name}" in tensors}
+                yield ParameterState(name, tensors[key], moments)

@@ -17,7 +17,6 @@ from hubert_ray.errors import RecipeError
 _WORKER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs keeps its view of the devices
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -34,15 +33,16 @@ def connected(cluster: Cluster) -> Iterator[None]:
     os.environ.update({name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()})
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=cluster.worker_logs)
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side; what matters arrives as an exception
         ray.init(
             num_cpus=max(os.cpu_count() or 1, 2),
             object_store_memory=cluster.object_store_mib * 2**20,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            log_to_driver=bool(os.environ.get("HUBERT_RAY_VERBOSE")),
+            log_to_driver=cluster.worker_logs,
             _temp_dir=os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
         )
     logging.getLogger("ray.data").setLevel(logging.WARNING)

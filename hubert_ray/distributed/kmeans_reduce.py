@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class BlockSource(Protocol):
     """Made once per extraction worker; gives the sampled frames of a shard, (N, D) float32, N may be 0."""
 
-    def __call__(self, shard: str) -> np.ndarray: ...
+    def __call__(self, shard: str, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Pass:
     counts_K: np.ndarray
 
 
-@ray.remote(num_cpus=0.5)
+@ray.remote(num_cpus=0, scheduling_strategy="SPREAD")  # busy only while the extraction workers are not
 class BlockHolder:
     """Keeps feature blocks in memory and reduces them."""
 
@@ -78,6 +78,10 @@ class BlockHolder:
         return lanes
 
 
+def _new_holder() -> Any:
+    return BlockHolder.remote()  # type: ignore[attr-defined]  # mypy does not see what a class decorator returns
+
+
 class _Extract:
     """A shard worker that makes a block and hands it to its holder."""
 
@@ -102,7 +106,7 @@ class FeatureSample:
         self._shards = list(shards)
         self._cluster = cluster
         self._failures = 0
-        self._holders = [BlockHolder.remote() for _ in range(min(cluster.kmeans_workers, len(shards), LANES))]
+        self._holders = [_new_holder() for _ in range(min(cluster.kmeans_workers, len(shards), LANES))]
         self._frames: dict[int, int] = {}
 
     def __enter__(self) -> FeatureSample:
@@ -154,7 +158,7 @@ class FeatureSample:
         self._failures += 1
         logger.warning("k-means: %d feature holder(s) lost; extracting their blocks again", len(lost))
         for index in lost:
-            self._holders[index] = BlockHolder.remote()
+            self._holders[index] = _new_holder()
         self._fill([p for p in range(len(self._shards)) if self._holder_of(p) in lost])
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,12 +9,12 @@ never pass through the object store.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import ray
+import msgspec
 import ray.data
-import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
 from hubert_ray.config.cluster import Cluster
@@ -24,17 +24,25 @@ from hubert_ray.errors import HubertRayError
 class ShardWorker(Protocol):
     """Made once per actor; called once per shard. Returns facts about what it did: plain numbers and strings."""
 
-    def __call__(self, shard: str) -> dict[str, Any]: ...
+    def __call__(self, shard: str, /) -> dict[str, Any]: ...
 
 
 class _Adapter:
-    """What Ray Data calls: builds the worker inside the actor, where its model and files belong."""
+    """What Ray Data calls: builds the worker inside the actor, where its model and files belong.
+
+    A user's error travels as data: Ray retries and wraps exceptions, and loses what they were caused by.
+    """
 
     def __init__(self, factory: Callable[[], ShardWorker]):
         self._worker = factory()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"shard": row["shard"], **self._worker(row["shard"])}
+        facts, error = {}, b""
+        try:
+            facts = self._worker(row["shard"])
+        except HubertRayError as caught:
+            error = pickle.dumps(caught)
+        return {"facts": msgspec.json.encode({"shard": row["shard"], **facts}), "error": error}
 
 
 def shard_map(factory: Callable[[], ShardWorker], shards: list[str], cluster: Cluster) -> Iterator[dict[str, Any]]:
@@ -48,18 +56,19 @@ def shard_map(factory: Callable[[], ShardWorker], shards: list[str], cluster: Cl
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    workers = max(1, min(cluster.data_workers, len(shards)))
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     mapped = rows.map(
-        _Adapter,
+        _Adapter,  # type: ignore[arg-type]  # Ray Data takes a class too; map_batches is typed so, map is not
         fn_constructor_args=(factory,),
-        compute=ActorPoolStrategy(min_size=1, max_size=max(1, min(cluster.data_workers, len(shards)))),
+        compute=ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
         num_cpus=cluster.data_cpus,
         num_gpus=cluster.data_gpus or None,
     )
-    try:
-        yield from mapped.iter_rows()
-    except ray.exceptions.RayError as error:
-        raise user_error(error) or error from None
+    for row in mapped.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])
+        yield msgspec.json.decode(row["facts"])
 
 
 def user_error(error: BaseException | None) -> HubertRayError | None:

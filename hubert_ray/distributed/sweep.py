@@ -1,9 +1,9 @@
 """How are many training runs searched? Ray Tune with ASHA over trials.
 
 A trial of one worker trains in its own process; a trial of several drives a Ray Train run of its own and passes on what its
-workers report. Trials are listed by the caller, so what is tried depends on the recipe alone; ASHA stops the worse half at each rung. Which trials it stops can
-depend on the order in which results arrive, hence on the number of trials side by side; the winner is always taken
-among those that reached the end.
+workers report. Trials are listed by the caller, so what is tried depends on the recipe alone; ASHA stops the worse half
+at each rung. Which trials it stops can depend on the order in which results arrive, hence on the number of trials side by
+side; the winner is always taken among those that reached the end.
 
 A killed search goes on from Tune's own record of it, and each unfinished trial from its newest sealed checkpoint.
 """
@@ -21,8 +21,10 @@ from ray.tune.schedulers import ASHAScheduler
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.distributed.shard_map import user_error
+from hubert_ray.distributed.telemetry import Progress
 from hubert_ray.distributed.train_loop import TrainJob, fit, reports, train_alone
 from hubert_ray.storage.filesystem import Storage
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -44,7 +46,7 @@ def run_trials(
     trials: list[Trial], metric: str, rungs: tuple[int, ...], folder: str, storage: Storage, cluster: Cluster
 ) -> list[TrialResult]:
     """Runs all trials, fewest `metric` wins, stopping the worse half at each rung. Results in the order of `trials`."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the older console reporter is silent when told to be
     trainable = tune.with_resources(tune.with_parameters(_drive, trials=trials, cluster=cluster), _resources(cluster))
     path = storage.full(folder)
     if Tuner.can_restore(path, storage_filesystem=storage.filesystem):
@@ -72,7 +74,9 @@ def run_trials(
                 verbose=0,
             ),
         )
-    results = tuner.fit()
+    folders = {trial.job.folder.split("/", 2)[-1]: trial.job.folder for trial in trials}
+    with Progress(storage, folders, rungs[-1]):
+        results = tuner.fit()
     for error in results.errors:
         raise user_error(error) or error
     return [TrialResult(trial.name, reports(trial.job.storage, trial.job.folder)) for trial in trials]

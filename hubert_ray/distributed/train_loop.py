@@ -33,7 +33,7 @@ from ray.train.torch import TorchTrainer
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.distributed import checkpoint, zero
 from hubert_ray.distributed.shard_map import user_error
-from hubert_ray.distributed.telemetry import Telemetry
+from hubert_ray.distributed.telemetry import Progress, Telemetry
 from hubert_ray.errors import TrainingError
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
@@ -52,10 +52,15 @@ class StepLoss:
 class Task(Protocol):
     """What is trained. Made by a factory inside each worker."""
 
-    module: torch.nn.Module  # forward(batch) -> StepLoss
-    optimizer: torch.optim.Optimizer
     micro_batches: int  # per step
-    title: str  # for the console
+    title: str  # for messages
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """forward(batch) -> StepLoss"""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def load(self, step: int, index: int) -> Any:
         """A micro-batch in host memory; called from a background thread. `.to(device)` moves it."""
@@ -106,7 +111,9 @@ def fit(job: TrainJob, cluster: Cluster, workers: int, callbacks: list[Any] | No
         _worker,
         train_loop_config={"job": job, "cluster": cluster},
         scaling_config=ScalingConfig(
-            num_workers=scale, use_gpu=cluster.train_gpus > 0, resources_per_worker=resources
+            num_workers=scale,  # type: ignore[arg-type]  # Ray Train's hints are those of its v1, which has no (min, max)
+            use_gpu=cluster.train_gpus > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name="ray",
@@ -117,7 +124,8 @@ def fit(job: TrainJob, cluster: Cluster, workers: int, callbacks: list[Any] | No
         ),
     )
     try:
-        trainer.fit()
+        with Progress(job.storage, {job.folder.split("/", 2)[-1]: job.folder}, job.steps):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise user_error(error) or _first_worker_error(error) or error from error
     finally:
@@ -144,7 +152,11 @@ def _worker(config: dict[str, Any]) -> None:
 def train_alone(job: TrainJob, cluster: Cluster, report: Callable[[dict[str, float]], None]) -> None:
     """The same training by this process only, for callers that are a worker already, such as a Tune trial."""
     device = torch.device("cuda" if cluster.train_gpus else "cpu")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them even beside a process group
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }  # DeepSpeed reads them even beside a process group
     with tempfile.TemporaryDirectory(prefix="hubert-ray-rendezvous-") as folder:
         store = torch.distributed.FileStore(f"{folder}/store", 1)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -193,7 +205,7 @@ class _Loop:
 
     def run(self, start: int) -> None:
         job, rank = self._job, self._rank
-        telemetry = Telemetry(job.storage, job.folder, start, self._task.title) if rank == 0 else None
+        telemetry = Telemetry(job.storage, job.folder, start) if rank == 0 else None
         batches = self._batches(start)
         since, clock = start, time.perf_counter()
         self._engine.train()
@@ -204,7 +216,7 @@ class _Loop:
                 row = self._row(done, time.perf_counter() - clock, done - since)
                 since, clock = done, time.perf_counter()
                 if telemetry:
-                    telemetry.log(row, job.steps)
+                    telemetry.log(row)
             if done % job.checkpoint_steps == 0 and done < job.steps:
                 checkpoint.save(self._engine, done, job.storage, job.folder, self._cluster.keep_checkpoints)
             if done in job.report_steps:
@@ -253,7 +265,7 @@ class _Loop:
         """Metrics over the steps since the last row, summed over all workers. Collective."""
         sums = self._sums if self._sums is not None else torch.zeros(0)
         torch.distributed.all_reduce(sums)
-        row = self._task.metrics(sums.cpu().numpy(), seconds)
+        row = {name: float(value) for name, value in self._task.metrics(sums.cpu().numpy(), seconds).items()}
         self._sums = None
         if not all(np.isfinite(value) for value in row.values()):
             raise TrainingError(

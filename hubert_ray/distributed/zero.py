@@ -8,7 +8,7 @@ float32, which is what makes checkpoints independent of the number of workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,19 +83,20 @@ def prepare_moments(trainer: Any, step: int) -> None:
         trainer.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def load_state(trainer: Any, state: ParameterState) -> None:
-    """Sets one parameter's float32 value and moments, after `prepare_moments`."""
+def load_states(trainer: Any, states: Iterable[ParameterState]) -> None:
+    """Sets parameters' float32 values and moments, after `prepare_moments`."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    parameter = dict(_trainable(trainer))[state.name]
-    moments = state.moments or {}
-    if trainer.zero_optimization_stage() == 0:
+    parameters = dict(_trainable(trainer))
+    for state in states:
+        parameter, moments = parameters[state.name], state.moments or {}
+        if trainer.zero_optimization_stage() == 0:
+            for key, value in moments.items():
+                trainer.optimizer.state[parameter][key].copy_(value)
+            continue
+        safe_set_full_fp32_param(parameter, state.value)
         for key, value in moments.items():
-            trainer.optimizer.state[parameter][key].copy_(value)
-        return
-    safe_set_full_fp32_param(parameter, state.value)
-    for key, value in moments.items():
-        safe_set_full_optimizer_state(parameter, value, key)
+            safe_set_full_optimizer_state(parameter, value, key)
 
 
 def _trainable(trainer: Any) -> list[tuple[str, torch.nn.Parameter]]:

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from hubert_ray.data.frames import CONV_KERNELS, CONV_STRIDES
 
 NORM_EPS = 1e-5
+Norm = Literal["group", "layer"]
 
 
 class ConvLayer(nn.Module):
     """Conv without bias -> norm over time, over channels, or none -> GELU."""
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int, norm: Literal["group", "layer"] | None
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm | None) -> None:
         super().__init__()
         self.kernel = kernel
         self.stride = stride
@@ -73,9 +72,10 @@ class ConvLayer(nn.Module):
 class ConvEncoder(nn.Module):
     """wave_BS -> conv_BTC, 7 layers."""
 
-    def __init__(self, channels: int, norm: Literal["group", "layer"]) -> None:
+    def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
-        norms = ["layer"] * 7 if norm == "layer" else ["group"] + [None] * 6
+        later: Norm | None = "layer" if norm == "layer" else None
+        norms = [norm] + [later] * 6
         inputs = [1] + [channels] * 6
         self.layers = nn.ModuleList(
             ConvLayer(inputs[i], channels, CONV_KERNELS[i], CONV_STRIDES[i], norms[i]) for i in range(7)

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.frames import RECEPTIVE_FIELD, STRIDE
+from hubert_ray.errors import HubertRayError
 from hubert_ray.model.frontend import ConvEncoder, PositionalConv
 
 LOGIT_TEMPERATURE = 0.1
 INIT_STD = 0.02
 
 
-class InputError(ValueError):
+class InputError(HubertRayError):
     """A waveform, a length or a mask that the network cannot take."""
 
 

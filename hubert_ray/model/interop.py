@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hubert_ray.errors import HubertRayError
+
 WeightNorm = Literal["parametrized", "legacy"]
 State = dict[str, Tensor]
 
 
-class InteropError(ValueError):
+class InteropError(HubertRayError):
     """A state dict that is not the HuBERT it was said to be."""
 
 

@@ -18,14 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ray.config.recipe import Pretrain
+from hubert_ray.errors import LabelError
 from hubert_ray.model.hubert import Hubert, PretrainOutput
 
 UNMASKED_SAMPLE = 128  # unmasked frames per micro batch whose accuracy is measured when they carry no weight
 BLANK = 0
-
-
-class LabelError(ValueError):
-    """Labels that do not fit the mask or the head."""
 
 
 @dataclass(frozen=True)

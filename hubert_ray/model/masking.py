@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hubert_ray.config.recipe import Finetune, Mask
+from hubert_ray.errors import HubertRayError
 
 EQUALISED_ROWS = 8  # rows of a fairseq batch (required_batch_size_multiple), whose minimum all rows are cut to
 SIMULATED_BATCHES = 1024
@@ -25,7 +26,7 @@ FINETUNE_MIN_SPANS = 2
 _FINETUNE_STREAM = 0x46  # keeps fine-tuning's random numbers apart from pretraining's
 
 
-class MaskError(ValueError):
+class MaskError(HubertRayError):
     """A row too short for its mask."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from markupsafe import Markup
 
@@ -71,7 +72,7 @@ class Span:
     hollow: bool = False
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -95,10 +96,10 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     kept = {0, len(points) - 1}
     for bucket in range(buckets):
         members = inner[bucket * len(inner) // buckets : (bucket + 1) * len(inner) // buckets]
-        drawable = [index for index in members if is_number(points[index][1])]
+        drawable = {index: y for index in members if is_number(y := points[index][1])}
         if drawable:
-            kept.add(min(drawable, key=lambda index: points[index][1]))
-            kept.add(max(drawable, key=lambda index: points[index][1]))
+            kept.add(min(drawable, key=drawable.__getitem__))
+            kept.add(max(drawable, key=drawable.__getitem__))
         else:
             kept.add(members[0])  # all of this bucket is a gap: one missing point keeps it visible
     return [points[index] for index in sorted(kept)]
@@ -108,15 +109,15 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: S
     """Several lines over one x axis, with the last value of each written at its end."""
     thinned = [(line, thin(line.points)) for line in sorted(series, key=lambda line: not line.faint)]
     lines = [(line, points) for line, points in thinned if _drawable(points)]
-    levels = [level for level in levels if is_number(level.value)]
+    heights = [(level, level.value) for level in levels if is_number(level.value)]
     if not lines:
         return Markup("")
     xs = [point[0] for _, points in lines for point in _drawable(points)]
-    ys = [point[1] for _, points in lines for point in _drawable(points)] + [level.value for level in levels]
+    ys = [point[1] for _, points in lines for point in _drawable(points)] + [height for _, height in heights]
     y_ticks = nice_ticks(min([*ys, 0] if y.from_zero else ys), max(ys))
     x_low, x_high = min(xs), max(xs)
     x_ticks = [v for v in nice_ticks(x_low, x_high, 6, x.whole_numbers) if x_low <= v <= x_high]
-    left, right, top, bottom, height = 50, WIDTH - 50, 26, 236, 274
+    left, right, top, bottom = 50, WIDTH - 50, 26, 236
 
     def across(value: float) -> float:
         return round(left + (right - left) * ((value - x_low) / (x_high - x_low) if x_high > x_low else 0.5), 1)
@@ -129,10 +130,10 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: S
         parts += [_rule(left, down(tick), right, down(tick)), _text(left - 8, down(tick) + 4, y.tick(tick), "tick end")]
     parts += [_text(across(tick), bottom + 18, x.tick(tick), "tick middle") for tick in x_ticks]
     parts.append(_text(right, bottom + 34, x.label, "axis end"))
-    for level in levels:
+    for level, height in heights:
         parts.append(
             Markup('<path class="level {}" d="M{} {}H{}"><title>{}: {}</title></path>').format(
-                level.colour, left, down(level.value), right, level.name, y.show(level.value)
+                level.colour, left, down(height), right, level.name, y.show(height)
             )
         )
     for line, points in lines:
@@ -141,7 +142,7 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: S
         )
     for line, points in lines:
         parts += [_hit(line, across(a), down(b), f"{x.label} {x.show(a)}: {y.show(b)}") for a, b in _drawable(points)]
-    ends = [(down(level.value), y.show(level.value), level.colour) for level in levels]
+    ends = [(down(height), y.show(height), level.colour) for level, height in heights]
     for line, points in lines:
         if not line.faint:
             value = _drawable(points)[-1][1]
@@ -149,19 +150,19 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: S
     for position, (_, text, colour) in zip(_spread([end[0] for end in ends], top, bottom), ends, strict=True):
         parts.append(_text(right + 7, position + 4, text, f"value {colour}"))
     keys = [(line.name, line.colour, "line") for line in series if not line.faint and _drawable(line.points)]
-    keys += [(level.name, level.colour, "dash") for level in levels]
-    return _figure(title, keys, parts, WIDTH, height)
+    keys += [(level.name, level.colour, "dash") for level, _ in heights]
+    return _figure(title, keys, parts, WIDTH, bottom + 38)
 
 
 def grouped_bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], value: Axis) -> Markup:
     """Horizontal bars in named groups, on one scale from zero, each with its value."""
-    groups = [(name, [bar for bar in bars if is_number(bar.value)]) for name, bars in groups]
-    groups = [(name, bars) for name, bars in groups if bars]
-    if not groups:
+    found = [(name, [(bar, bar.value) for bar in bars if is_number(bar.value)]) for name, bars in groups]
+    drawn = [(name, bars) for name, bars in found if bars]
+    if not drawn:
         return Markup("")
     thickness, gap, top, left, right = 22, 18, 4, 112, WIDTH - 62
-    ticks = nice_ticks(0, max(max(bar.value for _, bars in groups for bar in bars), 1e-9), 4)
-    bottom = top + sum(len(bars) * thickness + gap for _, bars in groups)
+    ticks = nice_ticks(0, max(max(amount for _, bars in drawn for _, amount in bars), 1e-9), 4)
+    bottom = top + sum(len(bars) * thickness + gap for _, bars in drawn)
 
     def across(amount: float) -> float:
         return round(left + (right - left) * amount / ticks[-1], 1)
@@ -170,16 +171,16 @@ def grouped_bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], value:
     parts += [_text(across(tick), bottom + 18, value.tick(tick), "tick middle") for tick in ticks]
     parts.append(_text(right, bottom + 36, value.label, "axis end"))
     y = top + gap / 2
-    for name, bars in groups:
+    for name, bars in drawn:
         parts.append(_text(left - 10, y + len(bars) * thickness / 2 + 4, name, "name end"))
-        for bar in bars:
-            tip = f"{name}, {bar.name}: {value.show(bar.value)}"
-            width = max(across(max(bar.value, 0)) - left, 1)
+        for bar, amount in bars:
+            tip = f"{name}, {bar.name}: {value.show(amount)}"
+            width = max(across(max(amount, 0)) - left, 1)
             parts.append(_rect(left, y + 2, width, thickness - 4, f"bar {bar.colour}", tip))
-            parts.append(_text(left + width + 7, y + thickness / 2 + 4, value.show(bar.value), f"value {bar.colour}"))
+            parts.append(_text(left + width + 7, y + thickness / 2 + 4, value.show(amount), f"value {bar.colour}"))
             y += thickness
         y += gap
-    keys = list(dict.fromkeys((bar.name, bar.colour, "block") for _, bars in groups for bar in bars))
+    keys = list(dict.fromkeys((bar.name, bar.colour, "block") for _, bars in drawn for bar, _ in bars))
     return _figure(title, keys, parts, WIDTH, bottom + 42)
 
 

@@ -61,22 +61,27 @@ class ModelAt:
         card = self.card()
         model = Hubert(card.size, card.classes)
         model.load_state_dict(self._weights())
-        return model.eval()
+        return model.eval().to(_device())
 
     def untrained(self, seed: int) -> Hubert:
         """A model of the same shape with random weights, in eval mode."""
         torch.manual_seed(seed)
         card = self.card()
-        return Hubert(card.size, card.classes).eval()
+        return Hubert(card.size, card.classes).eval().to(_device())
 
     def ctc(self) -> HubertCtc:
         """The recogniser, in eval mode."""
         model = HubertCtc(self.card().size)
         model.load_state_dict(self._weights())
-        return model.eval()
+        return model.eval().to(_device())
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(self.storage.read(f"{self.path}/{layout.MODEL}"))
+
+
+def _device() -> torch.device:
+    """The GPU that Ray gave this worker, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_at(artifact: Artifact) -> ModelAt:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 import torch
 
@@ -64,7 +63,8 @@ class _Recogniser:
         for first in range(0, len(ids), BATCH):
             rows = list(range(first, min(first + BATCH, len(ids))))
             audio = utterances.padded(rows)
-            log_probs_BTV, frames_B = network(audio.wave_BS, audio.samples_B)
+            log_probs_BTV, frames_B = network(audio.wave_BS.to(network.head.weight.device), audio.samples_B)
+            log_probs_BTV = log_probs_BTV.cpu()
             for k, row in enumerate(rows):
                 yield _Heard(ids[row], references[row], log_probs_BTV[k, : frames_B[k]].contiguous())
 
@@ -83,7 +83,7 @@ class _Tuner(_Recogniser):
                 for k, weights in enumerate(self._grid):
                     text = self._decoder.decode(heard.log_probs_TV, *weights)
                     errors[name][k] = errors[name][k] + wer.word_errors(heard.reference, text)
-        return {"errors": msgspec.json.encode(errors).decode()}
+        return {"errors": {name: [rate.errors for rate in rates] for name, rates in errors.items()}}
 
 
 class _Tester(_Recogniser):
@@ -120,7 +120,9 @@ def decode(work: Work, settings: Decode) -> dict[str, Any]:
     weights = _tune(work, manifest, shared, settings)
     shards = spellable(manifest.split("test"))[0].shards()
     if not shards:
-        raise CorpusError("decoding needs transcribed utterances in the test split; name speakers with corpus.test_speakers")
+        raise CorpusError(
+            "decoding needs transcribed utterances in the test split; name speakers with corpus.test_speakers"
+        )
     missing = [s for s in shards if not work.storage.exists(work.output.file(layout.part(s)))]
     for row in shard_map(partial(_Tester, *shared, weights=weights, folder=work.output.path), missing, work.cluster):
         print(f"{work.name}  {row['shard']}  {row['utterances']} utterances", flush=True)
@@ -133,7 +135,9 @@ def decode(work: Work, settings: Decode) -> dict[str, Any]:
     }
     work.output.write_json(SCORES, scores)
     for name in systems:
-        print(f"{work.name}  {name}: WER greedy {scores['wer']['greedy'][name]:.3f}, with LM {scores['wer']['lm'][name]:.3f}")
+        print(
+            f"{work.name}  {name}: WER greedy {scores['wer']['greedy'][name]:.3f}, with LM {scores['wer']['lm'][name]:.3f}"
+        )
     return {"wer": scores["wer"], "cer": scores["cer"]}
 
 
@@ -144,8 +148,8 @@ def _tune(work: Work, manifest: Manifest, shared: tuple, settings: Decode) -> di
     errors = {name: [0] * len(grid) for name in systems}
     shards = spellable(manifest.split("dev"))[0].shards()
     for row in shard_map(partial(_Tuner, *shared, grid=grid), shards, work.cluster):
-        for name, rates in msgspec.json.decode(row["errors"]).items():
-            errors[name] = [total + rate["errors"] for total, rate in zip(errors[name], rates, strict=True)]
+        for name, rates in row["errors"].items():
+            errors[name] = [total + count for total, count in zip(errors[name], rates, strict=True)]
     return {name: grid[min(range(len(grid)), key=errors[name].__getitem__)] for name in systems}
 
 
@@ -165,4 +169,3 @@ def _score(work: Work, shards: list[str], systems: dict[str, ModelAt]) -> dict[s
         "cer": {mode: {name: characters[mode, name].rate for name in systems} for mode in modes},
         "test_words": words["greedy", next(iter(systems))].reference_units,
     }
-

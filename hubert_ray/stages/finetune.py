@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -19,7 +20,6 @@ from hubert_ray.asr import letters, wer
 from hubert_ray.asr.decoder import greedy
 from hubert_ray.asr.wer import ErrorRate
 from hubert_ray.config.recipe import Finetune, Sweep
-from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.batching import PaddedPlan
 from hubert_ray.data.collate import Padded, UtteranceReader
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of
@@ -33,7 +33,6 @@ from hubert_ray.model.masking import FinetuneMask, finetune_mask
 from hubert_ray.model.optim import adamw, tri_stage_lr
 from hubert_ray.stages.context import ModelAt, ModelCard, Work, model_at
 from hubert_ray.storage import layout
-from hubert_ray.storage.filesystem import Storage
 
 TRIALS = "trials.json"
 Start = Literal["pretrained", "scratch"]
@@ -70,9 +69,7 @@ class CtcLoss(nn.Module):
 
     def forward(self, batch: Spelled) -> StepLoss:
         wave_BS = batch.audio.wave_BS.to(self.model.head.weight.dtype)
-        log_probs_BTV, frames_B = self.model(
-            wave_BS, batch.audio.samples_B, batch.mask.time_BT, batch.mask.channel_BD
-        )
+        log_probs_BTV, frames_B = self.model(wave_BS, batch.audio.samples_B, batch.mask.time_BT, batch.mask.channel_BD)
         total = ctc_loss_sum(log_probs_BTV, frames_B, batch.letters_BU, batch.counts_B)
         seconds = int(batch.audio.samples_B.sum()) / SAMPLE_RATE
         sums = [total.detach().double().cpu(), torch.tensor(float(len(frames_B))), torch.tensor(seconds)]
@@ -82,9 +79,7 @@ class CtcLoss(nn.Module):
 class CtcTask:
     """CTC training on the transcribed subset, as the training loop wants it (distributed/train_loop.py)."""
 
-    def __init__(
-        self, corpus: str, model: ModelAt, start: Start, settings: Finetune, choice: Choice, title: str
-    ):
+    def __init__(self, corpus: str, model: ModelAt, start: Start, settings: Finetune, choice: Choice, title: str):
         self.title = title
         self._settings, self._choice = settings, choice
         manifest = Manifest.read(model.storage, corpus)
@@ -249,7 +244,7 @@ def spellable(manifest: Manifest) -> tuple[Manifest, list[str]]:
             rows.append(row)
         except letters.UnspellableTextError:
             continue
-    return Manifest(transcribed.table.take(rows)), texts
+    return Manifest(transcribed.table.take(pa.array(rows, pa.int64()))), texts
 
 
 def _check_transcripts(manifest: Manifest, settings: Finetune) -> None:

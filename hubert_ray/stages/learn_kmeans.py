@@ -11,7 +11,6 @@ import zlib
 from functools import partial
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from hubert_ray.config.recipe import Kmeans, Teacher
@@ -77,7 +76,9 @@ def _fit(work: Work, sample: FeatureSample, settings: Kmeans) -> tuple[np.ndarra
         total = sample.reduce(centroids_KD)
         history.append(total.inertia / sample.frames)
         empty = int((total.counts_K == 0).sum())
-        print(f"{work.name}  pass {len(history):>3}  mean squared distance {history[-1]:.4f}  empty {empty}", flush=True)
+        print(
+            f"{work.name}  pass {len(history):>3}  mean squared distance {history[-1]:.4f}  empty {empty}", flush=True
+        )
         settled = len(history) > 1 and history[-2] - history[-1] < settings.tolerance * history[-2]
         if len(history) > settings.max_iterations or (settled and not empty):
             return centroids_KD, history, empty  # the centroids that the last inertia belongs to

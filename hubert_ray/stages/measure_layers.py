@@ -50,7 +50,7 @@ class _LayerScore:
             counts.add(phones, kmeans.assign(frames_FD, centroids_KD)[0], extract.frame_rate_hz)
         quality = counts.quality()
         assert quality is not None
-        return {"quality": msgspec.json.encode(quality).decode()}
+        return {"quality": msgspec.to_builtins(quality)}
 
 
 def _draw(reader: AudioReader, manifest: Manifest, seconds: float) -> tuple[list[np.ndarray], list]:
@@ -77,13 +77,16 @@ def measure_layers(work: Work, layers: int, clusters: int, seconds: float) -> di
         return {"layers": 0}
     keys = [f"{kind}/{layer}" for kind in ("trained", "untrained") for layer in range(layers + 1)]
     score = partial(_LayerScore, model_at(work.inputs["model"]), work.inputs["corpus"].path, clusters, seconds)
-    found = {row["shard"]: msgspec.json.decode(row["quality"]) for row in shard_map(score, keys, work.cluster)}
+    found = {row["shard"]: row["quality"] for row in shard_map(score, keys, work.cluster)}
     table = [
         {"layer": layer, "trained": found[f"trained/{layer}"], "untrained": found[f"untrained/{layer}"]}
         for layer in range(layers + 1)
     ]
     for row in table:
         pnmi = {kind: row[kind]["pnmi"] for kind in ("trained", "untrained")}
-        print(f"{work.name}  layer {row['layer']}  PNMI {pnmi['trained']:.3f} (untrained {pnmi['untrained']:.3f})", flush=True)
+        print(
+            f"{work.name}  layer {row['layer']}  PNMI {pnmi['trained']:.3f} (untrained {pnmi['untrained']:.3f})",
+            flush=True,
+        )
     work.output.write_json(layout.QUALITY, table)
     return {"layers": layers}

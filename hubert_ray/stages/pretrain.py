@@ -31,6 +31,7 @@ from hubert_ray.stages.context import ModelCard, Work
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
+
 @dataclass(frozen=True)
 class Masked:
     """A micro-batch: waveforms (B, S), labels (B, T), and which frames are hidden (B, T), which stays on the CPU."""
@@ -53,7 +54,9 @@ class MaskedPrediction(nn.Module):
 
     def forward(self, batch: Masked) -> StepLoss:
         wave_BS = batch.wave_BS.to(self.model.encoder.mask_vector.dtype)
-        parts = pretrain_loss(self.model, self.model(wave_BS, batch.mask_BT), batch.labels_BT, batch.mask_BT, self._settings)
+        parts = pretrain_loss(
+            self.model, self.model(wave_BS, batch.mask_BT), batch.labels_BT, batch.mask_BT, self._settings
+        )
         seconds = batch.wave_BS.numel() / 16_000
         sums = [
             parts.masked_nats, parts.masked_correct, parts.masked_total, parts.unmasked_correct, parts.unmasked_total,
@@ -83,9 +86,7 @@ class PretrainTask:
     def load(self, step: int, index: int) -> Masked:
         planned = self._plan.step(step)[index]
         crops = self._utterances.crops(planned, self._labels)
-        mask_BT = batch_mask(
-            len(planned.rows), planned.frames, self._settings.mask, self._settings.seed, step, index
-        )
+        mask_BT = batch_mask(len(planned.rows), planned.frames, self._settings.mask, self._settings.seed, step, index)
         return Masked(crops.wave_BS, crops.labels_BT, mask_BT)
 
     def count(self, step: int) -> int:

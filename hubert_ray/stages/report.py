@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow.compute as pc
+import torch
 
 from hubert_ray import machine
 from hubert_ray.config.recipe import Iteration, Mfcc
@@ -37,10 +38,11 @@ def report(work: Work) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds_total": sum(seal.facts["seconds"] for seal in seals.values()),
         "versions": machine.versions(),
-        "hardware": machine.hardware() | {"gpus": 0},
+        "hardware": machine.hardware() | {"gpus": torch.cuda.device_count()},
         "corpus": _corpus(work, work.inputs["prepare_data"], seals["prepare_data"]),
         "stages": [
-            {key: seal.facts.get(key) for key in ("seconds", "started", "peak_memory_gib")} | {"name": name, "skipped": False}
+            {key: seal.facts.get(key) for key in ("seconds", "started", "peak_memory_gib")}
+            | {"name": name, "skipped": False}
             for name, seal in seals.items()
         ],
         "iterations": [_iteration(work, seals, iteration) for iteration in work.recipe.iterations],

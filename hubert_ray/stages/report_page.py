@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from difflib import SequenceMatcher
 from functools import cache
+from itertools import accumulate
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,8 @@ from hubert_ray.stages.charts import (
     line_chart,
     timeline,
 )
+from hubert_ray.stages.report_numbers import duration, moment, number, percent, percent_tick, short, size
 
-NONE = "–"
 COLOUR_OF_START = {"pretrained": "c1", "scratch": "c2"}
 WORK_OF_STAGE = {
     "codebook": ("k-means", "c3"),
@@ -102,76 +104,6 @@ def _template() -> Template:
     return environment.get_template("report.html.j2")
 
 
-# How a number is written. Each takes None, NaN or a missing value and answers with a dash.
-
-
-def number(value: object, digits: int | None = None) -> str:
-    """Three significant digits, or `digits` decimals; whole numbers in full, with thousands apart."""
-    if not is_number(value):
-        return NONE
-    if isinstance(value, int):
-        return f"{value:,}"
-    if digits is None:
-        size_of = abs(value)
-        if 0 < size_of < 0.01:
-            return f"{value:.2g}"
-        digits = 0 if size_of >= 100 else 1 if size_of >= 10 else 2 if size_of >= 1 else 3
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def percent(value: object, digits: int = 1) -> str:
-    return f"{value:.{digits}%}".replace("-", "\N{MINUS SIGN}") if is_number(value) else NONE
-
-
-def percent_tick(share: float) -> str:
-    """A round share on an axis, with no more digits than it has: 20%, 2.5%."""
-    return f"{100 * share:.6g}%"
-
-
-def duration(seconds: object) -> str:
-    """Two units at most: 38.2 s, 12 min 05 s, 2 h 14 min, 3 d 4 h."""
-    if not is_number(seconds):
-        return NONE
-    if seconds < 59.95:
-        return f"{seconds:.2f} s" if 0 < seconds < 1 else f"{seconds:.1f} s".replace(".0 s", " s")
-    if round(seconds) < 3600:
-        big, small, names = *divmod(round(seconds), 60), ("min", "s")
-    elif seconds < 86400:
-        big, small, names = *divmod(round(seconds / 60), 60), ("h", "min")
-    else:
-        big, small, names = *divmod(round(seconds / 3600), 24), ("d", "h")
-    return f"{big} {names[0]} {small:02d} {names[1]}" if small else f"{big} {names[0]}"
-
-
-def size(value: object) -> str:
-    """A number of bytes in the binary unit that suits it."""
-    if not is_number(value):
-        return NONE
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    raise AssertionError("TiB takes any size")
-
-
-def moment(iso: object) -> str:
-    """An ISO time as a reader writes it; what is no ISO time is shown as it is."""
-    try:
-        return datetime.fromisoformat(str(iso)).strftime("%-d %B %Y, %H:%M %Z").strip()
-    except ValueError:
-        return str(iso) if iso else NONE
-
-
-def short(value: object) -> str:
-    """A count on an axis or in a chip: 94.7 M, 250 k."""
-    if not is_number(value):
-        return NONE
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= unit:
-            return f"{value / (1e3 if name == 'k' else unit):.3g}\N{NO-BREAK SPACE}{name}"
-    return f"{value:,g}"
-
-
 def _dig(value: Any, *keys: str) -> Any:
     """`value[key][key]...`, or None as soon as one is missing or null."""
     for key in keys:
@@ -222,7 +154,7 @@ def _iteration_checks(iteration: Mapping[str, Any], previous: Mapping[str, Any] 
         claim = f"masked accuracy {masked / majority:.1f}× the majority share"
         checks.append(Check(masked > majority, claim, f"{percent(masked)} against {percent(majority)}"))
     pnmi, before = _dig(iteration, "quality", "pnmi"), _dig(previous, "quality", "pnmi")
-    if is_number(pnmi) and is_number(before):
+    if previous and is_number(pnmi) and is_number(before):
         claim = f"PNMI of the units {pnmi - before:+.3f}".replace("-", "\N{MINUS SIGN}")
         same = iteration.get("clusters") == previous.get("clusters")
         note = "" if same else f", with {number(previous.get('clusters'))} → {number(iteration.get('clusters'))} units"
@@ -245,21 +177,17 @@ def _iteration_checks(iteration: Mapping[str, Any], previous: Mapping[str, Any] 
 
 def _timeline(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The Gantt chart, and whether idle time had to be cut out of it."""
-    started = [datetime.fromisoformat(s["started"]).timestamp() if s.get("started") else None for s in stages]
-    lengths = [0.0 if not is_number(stage.get("seconds")) else stage["seconds"] for stage in stages]
-    known = None not in started
-    first = min(started) if known and started else 0.0
-    wall = (
-        max((begin - first + length for begin, length in zip(started, lengths, strict=True)), default=0) if known else 0
-    )
-    end_to_end = not known or wall > LONGEST_IDLE * sum(lengths)
-    spans, keys, clock = [], {}, 0.0
-    for stage, begin, length in zip(stages, started, lengths, strict=True):
+    begun = [datetime.fromisoformat(stage["started"]).timestamp() for stage in stages if stage.get("started")]
+    lengths = [stage["seconds"] if is_number(stage.get("seconds")) else 0.0 for stage in stages]
+    starts = [begin - min(begun) for begin in begun]
+    end_to_end = len(starts) < len(stages) or max(map(add, starts, lengths), default=0) > LONGEST_IDLE * sum(lengths)
+    if end_to_end:
+        starts = list(accumulate(lengths, initial=0.0))[:-1]
+    spans, keys = [], {}
+    for stage, start, length in zip(stages, starts, lengths, strict=True):
         work, colour = WORK_OF_STAGE.get(str(stage.get("name")).rsplit("/", 1)[-1], OTHER_WORK)
         keys[work] = colour
-        start = clock if end_to_end else begin - first
         spans.append(Span(str(stage.get("name")), start, length, colour, hollow=bool(stage.get("skipped"))))
-        clock += length
     label = "working time" if end_to_end else "time since the run began"
     chart = timeline("Stages in time", spans, list(keys.items()), Axis(label, duration, duration))
     return {"chart": chart, "end_to_end": end_to_end}

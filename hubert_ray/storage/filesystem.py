@@ -1,20 +1,22 @@
 """How are files read and written, on a local disk or in an object store?
 
 One small class over pyarrow's file systems: local paths, `s3://…` and `gs://…` URLs (an S3-compatible server is named in
-the URL: `s3://bucket/run?endpoint_override=host:port&scheme=http`). A written file is whole or absent: object stores
-show an upload when it closes, and on a local disk the bytes go to a hidden neighbour that then takes the name.
+the URL: `s3://bucket/run?endpoint_override=host:port&scheme=http`). A written file is whole or absent.
 """
 
 from __future__ import annotations
 
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
+
+HIDDEN = ".part-"  # begins the name of a local file that is being written
 
 
 class Storage:
@@ -66,13 +68,6 @@ class Storage:
         """A writer for files too large for memory. Use it as a context manager; the file appears when it closes."""
         return _Writer(self, self.full(path))
 
-    def list(self, path: str, recursive: bool = False) -> list[str]:
-        """Names of the files below `path`, relative to it, sorted; nothing where the folder does not exist."""
-        selector = fs.FileSelector(self.full(path), recursive=recursive, allow_not_found=True)
-        prefix = self.full(path) + "/"
-        found = (info.path for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
-        return sorted(name.removeprefix(prefix) for name in found if not posixpath.basename(name).startswith(".part-"))
-
     def folders(self, path: str) -> list[str]:
         """Names of the folders directly in `path`, sorted."""
         selector = fs.FileSelector(self.full(path), recursive=False, allow_not_found=True)
@@ -92,32 +87,51 @@ class Storage:
         for file in _files(folder):
             self.write(posixpath.join(path, file.relative_to(folder).as_posix()), file.read_bytes())
 
+    # Last of the class: in what follows, the annotation `list` would mean this method.
+    def list(self, path: str, recursive: bool = False) -> list[str]:
+        """Names of the files below `path`, relative to it, sorted; nothing where the folder does not exist."""
+        selector = fs.FileSelector(self.full(path), recursive=recursive, allow_not_found=True)
+        prefix = self.full(path) + "/"
+        found = (info.path for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+        return sorted(name.removeprefix(prefix) for name in found if not posixpath.basename(name).startswith(HIDDEN))
+
 
 class _Writer:
-    """A file that appears under its name only when it is closed without an error."""
+    """A file that appears under its name only when it is closed without an error.
+
+    Written beside its place on a local disk and moved there; for an object store written to a temporary file and uploaded,
+    because a stream that is dropped after an error would publish the half that it has.
+    """
 
     def __init__(self, storage: Storage, target: str):
-        self._filesystem = storage.filesystem
+        self._storage = storage
         self._target = target
-        folder, name = posixpath.split(target)
-        self._temporary = target
         if storage.is_local:
-            self._filesystem.create_dir(folder, recursive=True)
-            self._temporary = posixpath.join(folder, f".part-{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+            folder, name = posixpath.split(target)
+            storage.filesystem.create_dir(folder, recursive=True)
+            self._temporary = posixpath.join(folder, f"{HIDDEN}{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        else:
+            self._temporary = os.path.join(tempfile.gettempdir(), f"hubert-ray-upload-{uuid.uuid4().hex}")
 
     def __enter__(self) -> pa.NativeFile:
-        self._file = self._filesystem.open_output_stream(self._temporary)
+        self._file = fs.LocalFileSystem().open_output_stream(self._temporary)
         return self._file
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            self._file.close()
-            if self._temporary != self._target:
-                self._filesystem.move(self._temporary, self._target)
-        elif self._temporary != self._target:
-            self._file.close()
-            self._filesystem.delete_file(self._temporary)
-        # An object-store upload that failed is left unclosed on purpose: closing it would publish half a file.
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        try:
+            if kind is None and self._storage.is_local:
+                os.replace(self._temporary, self._target)
+            elif kind is None:
+                fs.copy_files(
+                    self._temporary,
+                    self._target,
+                    source_filesystem=fs.LocalFileSystem(),
+                    destination_filesystem=self._storage.filesystem,
+                )
+        finally:
+            if os.path.exists(self._temporary):
+                os.remove(self._temporary)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 
 VERSION = 1  # part of every fingerprint: artifacts of another layout are stale, not misread
 
-PHONE = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("phone", pa.string())])  # [start, end) in 16 kHz samples
+PHONE = pa.struct(
+    [("start", pa.int32()), ("end", pa.int32()), ("phone", pa.string())]
+)  # [start, end) in 16 kHz samples
 
 MANIFEST = pa.schema(
     [

@@ -59,6 +59,7 @@ class LayerExtractor:
 
     def __init__(self, model: Hubert, layer: int, normalize: bool, batch_seconds: float = 60.0):
         self._model = model.eval()
+        self._device = next(model.parameters()).device
         self._layer = layer
         self._normalize = normalize
         self._batch_samples = int(batch_seconds * SAMPLE_RATE)
@@ -70,9 +71,9 @@ class LayerExtractor:
         results: list[np.ndarray] = [np.empty(0)] * len(waves)
         for chosen in _batches([len(wave_S) for wave_S in waves], self._batch_samples):
             batch = pad([waves[i] for i in chosen])
-            hidden_BTD = self._model.features(batch.wave_BS, self._layer, batch.samples_B)
+            hidden_BTD = self._model.features(batch.wave_BS.to(self._device), self._layer, batch.samples_B)
             for row, i in enumerate(chosen):
-                results[i] = hidden_BTD[row, : frames_of(len(waves[i]))].float().numpy()
+                results[i] = hidden_BTD[row, : frames_of(len(waves[i]))].float().cpu().numpy()
         return results
 
 

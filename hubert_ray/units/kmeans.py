@@ -43,7 +43,7 @@ def partial(frames_ND: np.ndarray, centroids_KD: np.ndarray) -> Partial:
     labels_N, distances_N = assign(frames_ND, centroids_KD)
     counts_K = np.bincount(labels_N, minlength=clusters)
     sums_KD = np.zeros((clusters, dim))
-    order_N = np.argsort(labels_N, kind="stable")
+    order_N = np.argsort(labels_N.astype(np.uint16), kind="stable")  # 16 bits: numpy sorts these by radix
     used = np.flatnonzero(counts_K)
     starts = (np.cumsum(counts_K) - counts_K)[used]
     if len(used):

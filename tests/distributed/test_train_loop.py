@@ -182,8 +182,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(ray_local, tmp_path):
 def test_metrics_of_undone_steps_are_dropped(tmp_path):
     storage = Storage(str(tmp_path))
     storage.write(f"run/{layout.METRICS}", b"".join(msgspec.json.encode({"step": s}) + b"\n" for s in range(1, 9)))
-    log = telemetry.Telemetry(storage, "run", resume_step=6, title="t")
-    log.log({"step": 7, "loss": 1.0}, 9)
+    log = telemetry.Telemetry(storage, "run", resume_step=6)
+    log.log({"step": 7, "loss": 1.0})
     log.close()
     assert [row["step"] for row in telemetry.read(storage, "run")] == [1, 2, 3, 4, 5, 6, 7]
     assert storage.list("run/tensorboard")

@@ -80,11 +80,15 @@ def test_finished_parts_are_not_made_again(corpus, reference, monkeypatch):
     labels, _ = run(storage, "again", "assign_labels")
     parts = storage.list(f"{labels.path}/parts")
     lost, kept = parts[0], parts[1:]
-    before = {name: storage.filesystem.get_file_info(storage.full(f"{labels.path}/parts/{name}")).mtime_ns for name in kept}
+    before = {
+        name: storage.filesystem.get_file_info(storage.full(f"{labels.path}/parts/{name}")).mtime_ns for name in kept
+    }
     expected = storage.read(f"{labels.path}/parts/{lost}")
     storage.delete(labels.file(layout.SEAL))
     storage.delete(f"{labels.path}/parts/{lost}")
     run(storage, "again", "assign_labels")
-    after = {name: storage.filesystem.get_file_info(storage.full(f"{labels.path}/parts/{name}")).mtime_ns for name in kept}
+    after = {
+        name: storage.filesystem.get_file_info(storage.full(f"{labels.path}/parts/{name}")).mtime_ns for name in kept
+    }
     assert after == before
     assert storage.read(f"{labels.path}/parts/{lost}") == expected

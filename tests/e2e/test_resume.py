@@ -103,7 +103,9 @@ def test_killed_in_every_stage_ends_the_same(storages):
     same_bytes(undisturbed, killed, "runs/smoke/decode/parts/*.parquet")
     reports = [json.loads((s / "runs/smoke/report/report.json").read_text()) for s in storages]
     assert reports[0]["wer"] == reports[1]["wer"]
-    curves = [[(row["step"], round(row["loss_bits"], 5)) for row in r["iterations"][0]["pretrain"]["curve"]] for r in reports]
+    curves = [
+        [(row["step"], round(row["loss_bits"], 5)) for row in r["iterations"][0]["pretrain"]["curve"]] for r in reports
+    ]
     assert curves[0] == curves[1]
 
 

@@ -55,7 +55,30 @@ def test_the_chain_runs_as_a_job_on_two_nodes(cluster, tmp_path):
     entry = ["bash", "-c", f"cd {ROOT} && exec {' '.join(job)}"]
     done = subprocess.run([*submit, *entry], env=environment, capture_output=True, text=True, timeout=840)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    report = json.loads((storage / "runs/smoke/report/report.json").read_text())
-    assert [stage["name"] for stage in report["stages"]][0] == "prepare_data"
-    assert len(report["iterations"]) == 2
-    assert set(report["wer"]) == {"greedy", "lm"}
+    check_report(json.loads((storage / "runs/smoke/report/report.json").read_text()))
+    assert (storage / "runs/smoke/report/report.html").read_text().startswith("<!doctype html>")
+
+
+def check_report(report: dict) -> None:
+    """What readers of report.json may count on."""
+    names = [stage["name"] for stage in report["stages"]]
+    assert names[0] == "prepare_data"
+    assert names[-1] == "decode"
+    assert all(stage["seconds"] > 0 for stage in report["stages"])
+    assert [(i["teacher"], i["clusters"]) for i in report["iterations"]] == [("mfcc", 20), ("iter1 layer 3", 20)]
+    for iteration in report["iterations"]:
+        quality, trained = iteration["quality"], iteration["pretrain"]
+        assert 0 < quality["pnmi"] < 1
+        assert 0 < quality["phone_purity"] < 1
+        assert 0 < quality["cluster_purity"] < 1
+        assert trained["unigram_entropy_bits"] < 4.33  # log2 of 20 clusters
+        assert trained["loss_bits_first"] > 4.2  # random weights know nothing
+        assert 0 <= trained["masked_accuracy"] < 1
+        assert 0 < trained["majority_share"] < 1
+        assert trained["loss_bits_last"] < trained["loss_bits_first"] + 0.1
+        assert [row["layer"] for row in iteration["layers"]] == [0, 1, 2, 3, 4]
+    assert len(report["finetune"]["trials"]) == 4
+    assert set(report["finetune"]["best"]) == {"pretrained", "scratch"}
+    for rates in (report["wer"], report["cer"]):
+        assert {mode: set(by) for mode, by in rates.items()} == {m: {"pretrained", "scratch"} for m in ("greedy", "lm")}
+    assert report["examples"]

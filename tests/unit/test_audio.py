@@ -103,14 +103,15 @@ def test_a_stream_without_a_length_is_not_called_too_long():
 
 
 def test_the_detail_depends_on_the_bytes_only():
+    """libsndfile's message names a memory address: the quarantine table would differ from run to run."""
     details = set()
-    for data in (FLAC[:20], FLAC[:20] + b""):
+    for data in (bytearray(FLAC[:20]), bytearray(FLAC[:20])):
         with pytest.raises(AudioError) as caught:
-            audio.decode(data)
+            audio.decode(bytes(data))
         details.add(caught.value.detail)
-        assert "0x" not in caught.value.detail  # an address: the quarantine table would differ from run to run
-    assert len(details) == 1
-    assert details != {""}
+    (detail,) = details
+    assert detail
+    assert "0x" not in detail
 
 
 def test_short_reads_are_undecodable(monkeypatch):

@@ -89,4 +89,6 @@ def test_padded_plan_covers_everything_and_bounds_padding():
         assert set(np.concatenate([b.rows for b in batches])) == set(range(157))
         padded = [len(b.rows) * samples[b.rows].max() / 16_000 for b in batches]
         assert max(padded) < 60.0 * (1 + PaddedPlan.JITTER) * 1.1
-    assert [b.rows.tolist() for b in plan.step(5)] == [b.rows.tolist() for b in PaddedPlan(samples, 120.0, 60.0, 0).step(5)]
+    assert [b.rows.tolist() for b in plan.step(5)] == [
+        b.rows.tolist() for b in PaddedPlan(samples, 120.0, 60.0, 0).step(5)
+    ]

@@ -26,7 +26,12 @@ def test_presets_load_survive_json_and_unroll(name, tmp_path):
 def test_overrides_reach_nested_settings_by_name_and_number():
     recipe = load_recipe(
         "demo",
-        ["iterations.iter2.pretrain.steps=7", "iterations.0.kmeans.clusters=50", "name=other", "finetune.scratch_sweep=null"],
+        [
+            "iterations.iter2.pretrain.steps=7",
+            "iterations.0.kmeans.clusters=50",
+            "name=other",
+            "finetune.scratch_sweep=null",
+        ],
     )
     assert recipe.iterations[1].pretrain.steps == 7
     assert recipe.iterations[0].kmeans.clusters == 50
@@ -55,7 +60,10 @@ def test_bad_overrides_say_what_is_wrong(override, message):
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("iterations.iter2.teacher.of=iter9", "not an earlier iteration"), ("iterations.iter2.teacher.layer=9", "0 .input. to 4")],
+    [
+        ("iterations.iter2.teacher.of=iter9", "not an earlier iteration"),
+        ("iterations.iter2.teacher.layer=9", "0 .input. to 4"),
+    ],
 )
 def test_impossible_teachers_are_refused(override, message):
     with pytest.raises(RecipeError, match=message):
@@ -92,7 +100,10 @@ def test_fingerprints_change_with_settings_and_flow_downstream_only(tmp_path):
     storage = Storage(str(tmp_path))
 
     def fingerprints(overrides):
-        return {p.stage.name: p.artifact.identity.fingerprint for p in pipeline.plan(load_recipe("demo", overrides), storage)}
+        return {
+            p.stage.name: p.artifact.identity.fingerprint
+            for p in pipeline.plan(load_recipe("demo", overrides), storage)
+        }
 
     before, after = fingerprints([]), fingerprints(["iterations.iter2.kmeans.clusters=64"])
     changed = {name for name in before if before[name] != after[name]}
@@ -112,7 +123,12 @@ def test_storage_place_is_no_part_of_identity(tmp_path):
 def test_paper_numbers_of_the_presets():
     base, large, xlarge = (PRESETS[n] for n in ("hubert_base_ls960", "hubert_large_ll60k", "hubert_xlarge_ll60k"))
     first, second = base.iterations
-    assert (first.kmeans.clusters, first.pretrain.steps, second.kmeans.clusters, second.pretrain.steps) == (100, 250_000, 500, 400_000)
+    assert (first.kmeans.clusters, first.pretrain.steps, second.kmeans.clusters, second.pretrain.steps) == (
+        100,
+        250_000,
+        500,
+        400_000,
+    )
     assert (second.teacher.layer, large.iterations[0].teacher.layer) == (6, 9)
     rates = [r.iterations[0].pretrain.peak_lr for r in (base, large, xlarge)]
     batches = [r.iterations[0].pretrain.batch_seconds for r in (base, large, xlarge)]

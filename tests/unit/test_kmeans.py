@@ -36,7 +36,9 @@ def test_partial_sums_per_cluster():
     part = kmeans.partial(frames, centroids)
     labels, distances = kmeans.assign(frames, centroids)
     for cluster in range(9):
-        np.testing.assert_allclose(part.sums_KD[cluster], frames[labels == cluster].sum(0, dtype=np.float64), rtol=1e-6, atol=1e-3)
+        np.testing.assert_allclose(
+            part.sums_KD[cluster], frames[labels == cluster].sum(0, dtype=np.float64), rtol=1e-6, atol=1e-3
+        )
         assert part.counts_K[cluster] == (labels == cluster).sum()
     assert part.inertia == pytest.approx(distances.sum(dtype=np.float64))
 

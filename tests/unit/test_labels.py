@@ -114,7 +114,7 @@ def test_two_rates_in_one_part_are_refused(storage):
     table = schemas.decode(storage.read(part))
     mixed = table.set_column(2, "frame_rate_hz", pa.array([50, 100], pa.int16()))
     storage.write(part, schemas.encode(mixed))
-    with pytest.raises(LabelError, match="at .50, 100. Hz"):
+    with pytest.raises(LabelError, match=r"at \[50, 100\] Hz"):
         LabelStore(storage, "labels", manifest_of("abcde"), 50)
 
 
@@ -169,7 +169,7 @@ RAMP = 2.0**-16  # step of the ramp: exact in float32, below 1 for 65,536 sample
 
 
 def ramp_corpus(storage: Storage) -> Manifest:
-    """The five utterances as float WAVs whose sample values tell their positions: value / RAMP is the sample's index."""
+    """The utterances as float WAVs whose sample values tell their positions: value / RAMP is the index."""
     tables = []
     for shard in sorted(set(SHARDS.values())):
         raws = []

@@ -7,8 +7,9 @@ import torch
 
 from hubert_ray.config.recipe import Pretrain
 from hubert_ray.config.sizes import ModelSize
+from hubert_ray.errors import LabelError
 from hubert_ray.model.hubert import Hubert, PretrainOutput
-from hubert_ray.model.loss import LabelError, ctc_loss_sum, pretrain_loss
+from hubert_ray.model.loss import ctc_loss_sum, pretrain_loss
 from tests.reference import positive_first_nats
 
 MINI = ModelSize(

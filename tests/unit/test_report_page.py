@@ -21,7 +21,8 @@ from hubert_ray.stages.charts import (
     nice_ticks,
     thin,
 )
-from hubert_ray.stages.report_page import duration, number, percent, render, size, word_differences
+from hubert_ray.stages.report_numbers import duration, number, percent, size
+from hubert_ray.stages.report_page import render, word_differences
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "circle", "rect"}
 PHONES = ["AA","AE","AH","AO","AW","AY","B","CH","D","DH","EH","ER","EY","F","G","HH","IH","IY","K","L","M","N","NG","OW","P","R","S","SH","SIL","T","TH","UW","V","W","Y","Z"]  # fmt: skip

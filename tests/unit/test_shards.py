@@ -1,4 +1,4 @@
-"""Does a shard give back, at the manifest's offsets, exactly the bytes that went in, and does it name what it refused?"""
+"""Does a shard give back exactly the bytes that went in, at the manifest's offsets, and name what it refused?"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from hubert_ray.config.recipe import EmbeddedCorpus
-from hubert_ray.data import synthetic
+from hubert_ray.data import sentences, synthetic
 from hubert_ray.errors import CorpusError
 
 CORPUS = EmbeddedCorpus(train_speakers=2, dev_speakers=1, test_speakers=1, utterances_per_speaker=6)
@@ -81,11 +81,11 @@ def test_too_many_speakers_for_a_split_is_an_error():
 
 def test_sentences_are_thousands_and_no_split_shares_one():
     counts = {"train": 3000, "dev": 400, "test": 400}
-    drawn = {split: set(synthetic.sentences(split, count, np.random.default_rng(5))) for split, count in counts.items()}
+    drawn = {split: set(sentences.sentences(split, count, np.random.default_rng(5))) for split, count in counts.items()}
     assert {split: len(texts) for split, texts in drawn.items()} == counts
     assert drawn["train"].isdisjoint(drawn["dev"] | drawn["test"]) and drawn["dev"].isdisjoint(drawn["test"])
     words = {word for texts in drawn.values() for text in texts for word in text.split()}
-    assert words == set(synthetic.vocabulary()) and 45 <= len(words) <= 60
+    assert words == set(sentences.vocabulary()) and 45 <= len(words) <= 60
     assert all(4 <= len(text.split()) <= 9 for texts in drawn.values() for text in texts)
     assert all(re.fullmatch(r"[A-Z']+( [A-Z']+)*", text) for texts in drawn.values() for text in texts)
     assert not any(re.search(r"\bA [AEIOU]|\bAN [^AEIOU]", text) for texts in drawn.values() for text in texts)
@@ -104,7 +104,7 @@ def test_utterances_are_named_as_in_librispeech_and_hold_their_splits_sentences(
     assert len({made.utterance_id for made in utterances}) == len(utterances) == 24
     for made in utterances:
         assert re.fullmatch(rf"{made.speaker}-0-\d{{4}}", made.utterance_id)
-        assert synthetic.split_of(made.text) == made.split
+        assert sentences.split_of(made.text) == made.split
 
 
 def test_phones_are_contiguous_fill_the_audio_and_say_the_text(utterances):
@@ -132,8 +132,8 @@ def test_silence_is_quiet_and_scarce(utterances):
 def test_every_word_has_phone_labels_in_every_accent(base):
     pytest.importorskip("espeakng_loader")
     speaker = dataclasses.replace(synthetic.speakers(CORPUS)[0], base=base)
-    met = synthetic.sentences("train", 60, np.random.default_rng(9))  # words beside words: links and flaps
-    replies = list(synthetic._speak(speaker, [*synthetic.vocabulary(), *met]))
+    met = sentences.sentences("train", 60, np.random.default_rng(9))  # words beside words: links and flaps
+    replies = list(synthetic._speak(speaker, [*sentences.vocabulary(), *met]))
     seen = {label for header, _ in replies for _, label in header["phones"]}
     assert seen == PHONES
 

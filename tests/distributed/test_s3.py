@@ -1,0 +1,73 @@
+"""The same chain on an object store: a real S3 API on loopback instead of a folder, and the same labels come out."""
+
+from __future__ import annotations
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from hubert_ray import pipeline
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.loading import load_recipe
+from hubert_ray.distributed import checkpoint
+from hubert_ray.distributed.cluster import connected
+from hubert_ray.errors import StaleArtifactError
+from hubert_ray.storage import layout
+from hubert_ray.storage.filesystem import Storage
+from tests.conftest import SMOKE
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """URL of an empty bucket; the keys are in the URL, so workers that started earlier have them too."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id="k",
+        aws_secret_access_key="s",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="speech")
+    yield f"s3://k:s@speech/hubert?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def test_whole_or_absent(bucket):
+    storage = Storage(bucket)
+    storage.write("a/file", b"1234")
+    assert storage.read("a/file") == b"1234"
+    with storage.open("a/file") as file:
+        assert file.read_at(2, 1) == b"23"
+    with pytest.raises(RuntimeError), storage.create("a/half") as stream:
+        stream.write(b"12")
+        raise RuntimeError
+    assert storage.list("a") == ["file"]
+    storage.delete("a")
+    assert not storage.exists("a/file")
+
+
+def test_chain_on_s3_gives_the_bytes_of_a_local_one(bucket, corpus):
+    local, path = corpus
+    remote = Storage(bucket)
+    overrides = ["iterations.iter1.kmeans.max_iterations=4", "name=places"]
+    recipe = load_recipe(str(SMOKE), overrides)
+    stages = ("iter1/learn_kmeans", "iter1/assign_labels")
+    for storage, wanted in ((local, stages), (remote, ("prepare_data", *stages, "iter1/pretrain"))):
+        for stage in wanted:
+            for _ in pipeline.run(recipe, storage, Cluster(), connected(Cluster()), stage):
+                pass
+    for folder in (f"{path}/audio", *(f"runs/places/{stage}/parts" for stage in stages)):
+        assert remote.list(folder) == local.list(folder)
+        for name in local.list(folder):
+            assert remote.read(f"{folder}/{name}") == local.read(f"{folder}/{name}"), name
+    trained = "runs/places/iter1/pretrain"
+    assert remote.exists(f"{trained}/{layout.MODEL}")
+    assert checkpoint.steps(remote, trained) == [5, 10]
+    assert remote.list(f"{trained}/tensorboard")
+    with pytest.raises(StaleArtifactError):
+        pipeline.plan(load_recipe(str(SMOKE), [*overrides, "iterations.iter1.pretrain.steps=13"]), remote)

@@ -1,0 +1,49 @@
+"""The science on a GPU, without Ray: Base trains in bf16, and its fp32 layers equal the CPU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hubert_ray.config.recipe import Pretrain
+from hubert_ray.config.sizes import BASE, TINY
+from hubert_ray.model.hubert import Hubert
+from hubert_ray.model.loss import pretrain_loss
+from hubert_ray.model.masking import batch_mask
+from hubert_ray.model.optim import adamw, set_lr
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_layers_equal_those_of_the_cpu():
+    torch.manual_seed(0)
+    model = Hubert(TINY, (50,)).eval()
+    wave_BS = torch.randn(3, 31_760) * 0.1
+    samples_B = torch.tensor([31_760, 20_000, 5_000])
+    on_cpu = model.all_layers(wave_BS, samples_B)
+    on_gpu = model.cuda().all_layers(wave_BS.cuda(), samples_B)
+    for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
+        torch.testing.assert_close(gpu[0].cpu(), cpu[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(gpu[2, :15].cpu(), cpu[2, :15], rtol=1e-3, atol=1e-3)
+
+
+def test_base_learns_one_batch_in_bf16():
+    torch.manual_seed(0)
+    model = Hubert(BASE, (504,)).cuda().train()
+    optimizer = adamw(model.parameters(), (0.9, 0.98), 1e-6, 0.01)
+    set_lr(optimizer, 1e-4)
+    settings = Pretrain(steps=10, peak_lr=1e-4)
+    wave_BS = torch.randn(4, 80_080, device="cuda") * 0.1
+    frames = 250
+    labels_BT = torch.arange(frames).repeat(4, 1) % 20
+    losses = []
+    for step in range(10):
+        mask_BT = batch_mask(4, frames, settings.mask, 0, step, 0)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            parts = pretrain_loss(model, model(wave_BS, mask_BT), labels_BT, mask_BT, settings)
+        (parts.total / parts.frames).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(parts.masked_nats) / parts.masked_frames)
+    assert all(loss == loss for loss in losses)
+    assert losses[-1] < 0.8 * losses[0]
