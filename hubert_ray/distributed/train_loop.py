@@ -258,12 +258,13 @@ class _Loop:
             weight = 0.0 if index is None else scale
             engine.backward(loss.total * weight)
             engine.step()
-            if index is not None:
-                self._sums = loss.sums if self._sums is None else self._sums + loss.sums
+            counted = loss.sums if index is not None else torch.zeros_like(loss.sums)
+            self._sums = counted if self._sums is None else self._sums + counted
 
     def _row(self, done: int, seconds: float, steps: int) -> dict[str, float]:
         """Metrics over the steps since the last row, summed over all workers. Collective."""
-        sums = self._sums if self._sums is not None else torch.zeros(0)
+        sums = self._sums
+        assert sums is not None, "a row of metrics before any step"
         torch.distributed.all_reduce(sums)
         row = {name: float(value) for name, value in self._task.metrics(sums.cpu().numpy(), seconds).items()}
         self._sums = None
