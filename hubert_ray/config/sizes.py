@@ -34,7 +34,7 @@ class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 TINY = ModelSize(
-    conv_channels=96,
+    conv_channels=64,
     conv_norm="group",
     layers=4,
     dim=192,
