@@ -22,6 +22,7 @@ from hubert_ray.config.loading import load_cluster, load_recipe
 from hubert_ray.config.presets import PRESETS
 from hubert_ray.config.recipe import Recipe
 from hubert_ray.errors import HubertRayError, RecipeError
+from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
 STAGES = (
@@ -55,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hubert-ray {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     _command(commands, "run", _run, "run a whole recipe, or go on with it")
-    _command(commands, "plan", _plan, "show the stages of a recipe and what is done, without running anything")
+    plan = _command(commands, "plan", _plan, "show the stages of a recipe and what is done, without running anything")
+    plan.add_argument(
+        "--settings", action="store_true", help="print every setting of the recipe as JSON, usable as a recipe"
+    )
     _command(commands, "show", _show, "show the figures of finished stages")
     for stage in STAGES:
         sub = _command(commands, stage, _stage, f"run only {stage}; its inputs must be finished")
@@ -119,17 +123,22 @@ def _stage(options: argparse.Namespace) -> None:
     if options.of:
         names = [name for name in names if options.of in name.split("/")]
     if len(names) != 1:
+        there = [stage.name for stage in pipeline.unroll(recipe) if stage.kind == options.stage]
         raise RecipeError(
-            f"{options.stage}{f' --of {options.of}' if options.of else ''} names {len(names)} stages "
-            f"({', '.join(names) or 'none'}); say which with --of"
+            f"{options.stage}{f' --of {options.of}' if options.of else ''} names {len(names)} stages; this recipe has "
+            f"{', '.join(there) or 'none of this kind'}. Say which with --of, such as --of iter1 or --of pretrained"
         )
     _run(options, names[0])
 
 
 def _plan(options: argparse.Namespace) -> None:
     recipe, storage, _ = _load(options)
+    if options.settings:
+        print(msgspec.json.format(msgspec.json.encode(recipe), indent=2).decode())
+        return
+    steps = pipeline.plan(recipe, storage)
     print(f"{recipe.name} in {storage.url}")
-    for planned in pipeline.plan(recipe, storage):
+    for planned in steps:
         state = f"done in {planned.seal.facts['seconds']:.1f} s" if planned.seal else "to do"
         inputs = ", ".join(planned.stage.inputs.values()) if planned.stage.kind != "report" else "all of the above"
         print(
@@ -141,7 +150,7 @@ def _show(options: argparse.Namespace) -> None:
     recipe, storage, _ = _load(options)
     for planned in pipeline.plan(recipe, storage):
         print(f"{planned.stage.name}: {'not finished' if planned.seal is None else ''}")
-        hidden = ("versions", "hardware")
+        hidden = ("versions", "hardware", "cluster")
         for name, value in planned.seal.facts.items() if planned.seal else ():
             if name not in hidden:
                 print(f"    {name}: {msgspec.json.encode(value).decode()}")
@@ -160,9 +169,16 @@ def _remove(options: argparse.Namespace) -> None:
     storage = Storage(options.storage)
     path = options.path.strip("/")
     if path.split("/")[0] not in ("runs", "corpora") or "/" not in path or ".." in path.split("/"):
-        raise RecipeError(f"'{options.path}' is nothing that hubert_ray made; paths begin with runs/ or corpora/")
+        raise RecipeError(
+            f"'{options.path}': give a path below the storage folder, such as runs/mine or runs/mine/iter2"
+        )
     if not storage.exists(path):
         raise RecipeError(f"'{path}' does not exist in {storage.url}")
+    for name in storage.list(path, recursive=True):
+        if name.split("/")[-1] == layout.SEAL:
+            storage.delete(
+                f"{path}/{name}"
+            )  # unseal first: a removal that is interrupted leaves nothing that looks whole
     storage.delete(path)
     print(f"removed {path}")
 

@@ -11,6 +11,10 @@ class RecipeError(HubertRayError):
     """The recipe, a `--set` or a cluster setting cannot be used as written."""
 
 
+class StorageError(HubertRayError):
+    """A storage place is no folder or bucket, cannot be reached, or holds a damaged file."""
+
+
 class StaleArtifactError(HubertRayError):
     """An artifact under this name was made (or begun) from other settings or other inputs."""
 

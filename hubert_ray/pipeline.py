@@ -124,6 +124,9 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
     for stage in unroll(recipe):
         inputs = {role: artifacts.get(name) or _elsewhere(storage, name) for role, name in stage.inputs.items()}
         fingerprints = {role: artifact.identity.fingerprint for role, artifact in inputs.items()}
+        if "corpus" in inputs and planned[0].seal:
+            # What was read in belongs to the identity of all that is made of it; where it was read from does not.
+            fingerprints["corpus"] += f"-{planned[0].seal.facts['content']}"
         path = _path(recipe, stage)
         artifact = Artifact(storage, path, identity_of(stage.kind, _identity_settings(stage), fingerprints))
         artifacts[stage.name] = artifact
@@ -162,15 +165,22 @@ def run(
 
     `only` names a single stage: its inputs must be sealed, and nothing else runs.
     """
-    steps = plan(recipe, storage)
-    if only is not None:
-        steps = [step for step in steps if step.stage.name == only]
-        if not steps:
-            raise RecipeError(f"'{only}' is no stage of this recipe; it has {[s.name for s in unroll(recipe)]}")
+    names = [stage.name for stage in unroll(recipe) if only in (None, stage.name)]
+    if not names:
+        raise RecipeError(f"'{only}' is no stage of this recipe; it has {[s.name for s in unroll(recipe)]}")
+    steps = {step.stage.name: step for step in plan(recipe, storage)}
+    made_here = {step.artifact.path for step in steps.values()}
+    for step in steps.values():
+        for artifact in step.inputs.values():
+            if artifact.path not in made_here:
+                artifact.require()  # a teacher of another run: better missed now than after days of preparation
     storage.write(layout.recipe(recipe.name), msgspec.json.format(msgspec.json.encode(recipe), indent=2))
     up = False
     try:
-        for step in steps:
+        for name in names:
+            step = steps[name]
+            if step.stage.kind == "prepare_data" and step.seal:
+                _check_corpus(recipe, step.seal)
             if step.seal:
                 yield step, step.seal, True
                 continue
@@ -179,10 +189,32 @@ def run(
             if not up:
                 connect.__enter__()
                 up = True
-            yield step, _execute(step, recipe, cluster), False
+            seal = _execute(step, recipe, cluster)
+            yield step, seal, False
+            steps = {step.stage.name: step for step in plan(recipe, storage)}  # what was made is part of what follows
+            if step.stage.kind == "prepare_data" and only is None:
+                _check_corpus(recipe, seal)
     finally:
         if up:
             connect.__exit__(None, None, None)
+
+
+def _check_corpus(recipe: Recipe, seal: Seal) -> None:
+    """Says now what fine-tuning and decoding would find missing after days of pretraining."""
+    source = getattr(recipe.corpus, "path", None)
+    if source != seal.facts["source"]:
+        print(
+            f"note: corpora/{recipe.corpus.name} was made from '{seal.facts['source']}', and the recipe names '{source}'. If that "
+            "is other speech, give it another corpus.name"
+        )
+    needed = (["train", "dev"] if recipe.finetune else []) + (["test"] if recipe.decode else [])
+    missing = [split for split in needed if not seal.facts["transcribed"][split]]
+    if missing:
+        raise RecipeError(
+            f"fine-tuning and decoding need transcribed utterances in {', '.join(needed)}; corpora/{recipe.corpus.name} has none "
+            f"in {', '.join(missing)}. Name speakers with corpus.dev_speakers and corpus.test_speakers, or turn both off: "
+            "finetune = false and decode = false in the recipe file, --set finetune=null --set decode=null on the command line"
+        )
 
 
 def _execute(step: Planned, recipe: Recipe, cluster: Cluster) -> Seal:
@@ -202,6 +234,7 @@ def _execute(step: Planned, recipe: Recipe, cluster: Cluster) -> Seal:
             "peak_memory_gib": memory.gib,
             "versions": machine.versions(),
             "hardware": machine.hardware(),
+            "cluster": msgspec.to_builtins(cluster),
         }
     )
     return step.artifact.require()

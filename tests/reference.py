@@ -64,7 +64,7 @@ def slow_tri_stage(steps: int, warmup: int, hold: int, decay: int, peak: float, 
 
 
 def slow_mfcc(wave_S: np.ndarray) -> np.ndarray:
-    """Kaldi's compute-mfcc-feats (PAPER 3.1: no energy, no dither, edges snipped), (F, 13), in float64."""
+    """Kaldi's compute-mfcc-feats as fairseq calls it (no energy, no dither, edges snipped), (F, 13), in float64."""
 
     def mel(hz: float) -> float:
         return 1127 * math.log(1 + hz / 700)

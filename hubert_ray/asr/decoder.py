@@ -1,12 +1,13 @@
 """Which words do the CTC log-probabilities spell? Greedy, or a beam search with a lexicon and an n-gram model.
 
-The beam search maximises (PAPER section 6, PITFALLS E18)
+The beam search maximises (HuBERT (Hsu et al. 2021) IV-D, eq. 4)
 
     ln p_CTC(letters | audio)  +  lm_weight * ln P_LM(words, </s>)  +  word_score * number of words
 
-through flashlight's LexiconDecoder, as fairseq does: p_CTC is the best alignment rather than their sum, every word
-comes from the lexicon (unknown words score -inf), and a word counts once its closing `|` is emitted. Hypotheses that
-end inside a word lose to any that do not; if the beam holds no other, their unfinished letters are dropped.
+through flashlight's LexiconDecoder, as fairseq's `flashlight_decoder.py` does: p_CTC is the best alignment rather than
+their sum, every word comes from the lexicon (unknown words score -inf), and a word counts once its closing `|` is
+emitted. Hypotheses that end inside a word lose to any that do not; if the beam holds no other, their unfinished letters
+are dropped.
 
 **The weight is for the NATURAL logarithm of P_LM, as the paper writes it.** n-gram files and flashlight's KenLM score
 in log10, so fairseq's, wav2vec 2.0's and torchaudio's n-gram weights are ln(10) = 2.303 times ours: their 2.46 is

@@ -1,7 +1,8 @@
 """Which symbols does the recogniser emit, and how is a transcript spelled in them?
 
-The paper's 29 (PAPER section 5.1): the CTC blank, the word separator `|`, the apostrophe, A-Z. A word is its letters
-followed by one `|`, so a transcript ends with `|` too (PITFALLS E17): the decoder closes a word only at a `|`.
+The paper's 29 (HuBERT (Hsu et al. 2021) II-E): the CTC blank, the word separator `|`, the apostrophe, A-Z. A word is its
+letters followed by one `|`, so a transcript ends with `|` too, as in fairseq's `examples/wav2vec/libri_labels.py`: the
+decoder closes a word only at a `|`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """HOW is a run executed? Workers, CPUs and GPUs, ZeRO stage, retries. Never part of a run's identity.
 
-Two runs of one recipe with different values here make the same artifacts.
+Two runs of one recipe with different values here make the same artifacts up to rounding: the order in which workers' sums
+are added, and `precision`. What was used is recorded in each seal.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     data_cpus: float = 1.0  # per actor
     data_gpus: float = 0.0  # per actor
     kmeans_workers: int = 2  # actors that hold the feature sample
+    kmeans_cpus: float = (
+        0.0  # per such actor; above 0 on a cluster, so that they land on worker nodes and not on the head
+    )
     concurrent_trials: int = 2  # fine-tuning trials side by side
     trial_workers: int = 1  # training workers of each trial
-    zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
+    zero_stage: Literal[0, 1, 2] = 1  # DeepSpeed ZeRO; 964 M parameters need no stage 3
     precision: Literal["fp32", "bf16"] = "fp32"
     max_failures: int = 3  # lost workers that a stage survives
     keep_checkpoints: int = 2

@@ -15,6 +15,7 @@ A recipe file names what it starts from and what it changes; iterations are addr
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -29,27 +30,45 @@ from hubert_ray.errors import RecipeError
 
 Settings = TypeVar("Settings", Recipe, Cluster)
 MAX_CLUSTERS = 2**16  # labels are uint16
+_FINETUNE_RULES = {"steps": 1, "label_seconds": 1.0, "batch_seconds": 1.0, "micro_batch_seconds": 1.0}
+_DECODE_RULES = {"ngram_order": 1, "beam": 1}
 
 
 def load_recipe(source: str, overrides: list[str]) -> Recipe:
-    """The recipe of a preset name or a TOML file, with `a.b=c` overrides applied. Raises RecipeError."""
+    """The recipe of a preset name, a TOML file or a run's recipe.json, with `a.b=c` overrides. Raises RecipeError."""
     if source in PRESETS:
         data = _plain(PRESETS[source])
-    elif source.endswith(".toml") or Path(source).exists():
+    elif source.endswith((".toml", ".json")) or Path(source).exists():
         data = _read(source)
     else:
         raise RecipeError(
             f"'{source}' is neither a preset ({', '.join(PRESETS)}) nor a recipe file{_hint(source, PRESETS)}"
         )
-    return _check(_convert(_override(data, overrides), Recipe))
+    for override in overrides:
+        _merge(data, _change(override), "")
+        data = _plain(_convert(data, Recipe))  # fills in what a replaced table left to its defaults
+    return _check(_convert(data, Recipe))
 
 
 def load_cluster(source: str | None, overrides: list[str]) -> Cluster:
     """Cluster settings from a TOML file (None: the defaults) with overrides. Raises RecipeError."""
     data = _plain(Cluster())
     if source:
-        _merge(data, _toml(source), "")
-    return _convert(_override(data, overrides), Cluster)
+        _merge(data, _parsed(source), "")
+    for override in overrides:
+        _merge(data, _change(override), "")
+    cluster = _convert(data, Cluster)
+    for name in (
+        "train_workers",
+        "data_workers",
+        "kmeans_workers",
+        "concurrent_trials",
+        "trial_workers",
+        "keep_checkpoints",
+    ):
+        if getattr(cluster, name) < 1:
+            raise RecipeError(f"cluster {name} = {getattr(cluster, name)}: at least 1")
+    return cluster
 
 
 def _plain(settings: Recipe | Cluster) -> dict[str, Any]:
@@ -58,36 +77,41 @@ def _plain(settings: Recipe | Cluster) -> dict[str, Any]:
 
 
 def _read(file: str) -> dict[str, Any]:
-    changes = _toml(file)
+    changes = _parsed(file)
     preset = changes.pop("preset", None)
+    for optional in ("finetune", "decode"):  # TOML has no null
+        if changes.get(optional) is False:
+            changes[optional] = None
     if preset is None:
-        return changes
+        return _plain(_convert(changes, Recipe))
     if preset not in PRESETS:
         raise RecipeError(
             f"{file}: preset '{preset}' does not exist; there are {', '.join(PRESETS)}{_hint(preset, PRESETS)}"
         )
     data = _plain(PRESETS[preset])
     _merge(data, changes, "")
-    return data
+    return _plain(_convert(data, Recipe))
 
 
-def _toml(file: str) -> dict[str, Any]:
+def _parsed(file: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: {error}") from error
+        text = Path(file).read_text(encoding="utf-8")
+        return json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+    except OSError as error:
+        raise RecipeError(f"'{file}' cannot be read: {error.strerror}") from error
+    except ValueError as error:  # what json, tomllib and the decoder raise
+        raise RecipeError(f"{file}: {error}; strings need quotes, and for 'off' write false") from error
 
 
-def _override(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise RecipeError(f"'{override}': write name=value, such as iterations.iter1.pretrain.steps=2000")
-        value: Any = _value(text)
-        for key in reversed(name.strip().split(".")):
-            value = {key: value}
-        _merge(data, value, "")
-    return data
+def _change(override: str) -> dict[str, Any]:
+    """`a.b=c` as nested tables."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"'{override}': write name=value, such as iterations.iter1.pretrain.steps=2000")
+    value: Any = _value(text)
+    for key in reversed(name.strip().split(".")):
+        value = {key: value}
+    return value
 
 
 def _value(text: str) -> Any:
@@ -130,7 +154,23 @@ def _convert(data: dict[str, Any], kind: type[Settings]) -> Settings:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"the settings do not fit: {error}") from error
+        what, _, path = str(error).partition(" - at `$.")
+        dotted, value = _locate(data, path.rstrip("`"))
+        where = f"{dotted} = {value!r}: " if path else ""
+        raise RecipeError(f"{where}{what[0].lower()}{what[1:].replace('`', '')}") from error
+
+
+def _locate(data: Any, path: str) -> tuple[str, Any]:
+    """A validation error's place as a user would write it (`iterations.iter1.pretrain.steps`), and the value there."""
+    names = []
+    for key in re.findall(r"[^.\[\]]+", path):
+        if isinstance(data, list) and key.isdigit() and int(key) < len(data):
+            data = data[int(key)]
+            names.append(data.get("name", key) if isinstance(data, dict) else key)
+        else:
+            data = data.get(key) if isinstance(data, dict) else None
+            names.append(key)
+    return ".".join(names), data
 
 
 def _check(recipe: Recipe) -> Recipe:
@@ -147,6 +187,10 @@ def _check(recipe: Recipe) -> Recipe:
         raise RecipeError(f"iterations must have different names; found {names[2:]}")
     for iteration in recipe.iterations:
         _check_iteration(iteration)
+    for part, rules in ((recipe.finetune, _FINETUNE_RULES), (recipe.decode, _DECODE_RULES)):
+        for name, least in rules.items() if part else ():
+            if getattr(part, name) < least:
+                raise RecipeError(f"{type(part).__name__.lower()}.{name} = {getattr(part, name):g}: at least {least:g}")
     if recipe.decode and not recipe.finetune:
         raise RecipeError("decode needs finetune: set decode=null, or give finetune settings")
     return recipe
@@ -159,6 +203,7 @@ def _check_iteration(iteration: Any) -> None:
         (0 < kmeans.sample_share <= 1, f"kmeans.sample_share = {kmeans.sample_share:g}: above 0, at most 1"),
         (pretrain.steps > 0, f"pretrain.steps = {pretrain.steps}: at least 1"),
         (pretrain.peak_lr > 0, f"pretrain.peak_lr = {pretrain.peak_lr:g}: above 0"),
+        (0 <= pretrain.warmup_share < 1, f"pretrain.warmup_share = {pretrain.warmup_share:g}: from 0 to below 1"),
         (
             0 < pretrain.min_crop_seconds <= pretrain.max_crop_seconds,
             f"pretrain crops from {pretrain.min_crop_seconds:g} to {pretrain.max_crop_seconds:g} s: "

@@ -24,10 +24,10 @@ class EmbeddedCorpus(_Settings, frozen=True, kw_only=True, tag="embedded", tag_f
     """Synthetic speech made offline by espeak-ng (extra `demo`), with transcripts and phone times."""
 
     name: str = "embedded"
-    train_speakers: int = 40
+    train_speakers: int = 40  # invented voices of this split; no voice and no sentence is in two splits
     dev_speakers: int = 4
     test_speakers: int = 4
-    utterances_per_speaker: int = 60
+    utterances_per_speaker: int = 60  # a sentence each, about 3 s
     shard_mib: int = 12  # a new audio shard is begun at this size
     seed: int = 0
 
@@ -35,8 +35,10 @@ class EmbeddedCorpus(_Settings, frozen=True, kw_only=True, tag="embedded", tag_f
 class LibriSpeech(_Settings, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
     """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
 
-    Subsets named train-*, dev-*, test-* fall into those splits; `dev_speakers` and `test_speakers` move whole speakers
-    out of train, for trees that hold training subsets only. `alignments` is a folder of phone times, or None.
+    Subsets named train-*, dev-*, test-* fall into those splits, all others (Libri-light's small, medium, large) into
+    train; `dev_speakers` and `test_speakers` move whole speakers, for trees that hold training subsets only.
+    `alignments` is a folder of phone times, or None: the same tree with `<utterance>.phn` files, whose lines are
+    `start end phone`, times in samples at 16 kHz, end exclusive.
     """
 
     name: str
@@ -58,28 +60,30 @@ class Mfcc(_Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
 
 
 class Layer(_Settings, frozen=True, kw_only=True, tag="layer", tag_field="kind"):
-    """Teacher of a later iteration: the output of transformer block `layer` (1-based, after the residual) at 50 Hz."""
+    """Teacher of a later iteration: the output of a transformer block, after the residual, at 50 Hz."""
 
-    of: str  # name of an earlier iteration of this recipe, or path of an exported model folder
-    layer: int
+    of: str  # an earlier iteration of this recipe, or "<run>/<iteration>" of another run in the same storage
+    layer: int  # 1 = first block … N = last; 0 = input of block 1
 
 
 Teacher = Mfcc | Layer
 
 
 class Kmeans(_Settings, frozen=True, kw_only=True):
-    """How the codebook is fitted (PAPER section 3.2; full-batch Lloyd instead of scikit-learn's mini-batches)."""
+    """How the codebook is fitted: full-batch Lloyd passes, where fairseq's `examples/hubert/simple_kmeans/learn_kmeans.py`
+    runs scikit-learn's MiniBatchKMeans on mini-batches of 10,000 frames (HuBERT (Hsu et al. 2021) II-A, IV-B)."""
 
     clusters: int  # n_clusters: 100 for MFCC, 500 for transformer features
-    sample_share: float = 1.0  # --percent: share of train utterances fitted on, drawn without replacement
-    max_iterations: int = 30  # Lloyd passes at most
-    tolerance: float = 1e-4  # stop when the inertia falls by less than this share in a pass
-    seedings: int = 3  # n_init: k-means++ draws on the seeding subsample, of which the best is kept
+    # --percent: share of train utterances fitted on, drawn without replacement; fairseq: 0.1 for transformer features
+    sample_share: float = 1.0
+    max_iterations: int = 30  # Lloyd passes at most; fairseq: max_iter 100 passes of mini-batches
+    tolerance: float = 1e-4  # stop when the inertia falls by less than this share in a pass; fairseq: tol 0
+    seedings: int = 3  # k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20
     seed: int = 0
 
 
 class Mask(_Settings, frozen=True, kw_only=True):
-    """Span masking of pretraining (PAPER section 10.3)."""
+    """Span masking of pretraining (HuBERT (Hsu et al. 2021) II-B; fairseq `data/data_utils.py`, compute_mask_indices)."""
 
     prob: float = 0.80  # mask_prob: share of frames that spans would cover without overlap = start probability x length
     length: int = 10  # mask_length, frames of 20 ms
@@ -87,7 +91,7 @@ class Mask(_Settings, frozen=True, kw_only=True):
 
 
 class Pretrain(_Settings, frozen=True, kw_only=True):
-    """Masked-prediction training (PAPER section 2)."""
+    """Masked-prediction training (HuBERT (Hsu et al. 2021) II-B, IV-C; fairseq `examples/hubert/config/pretrain`)."""
 
     steps: int  # max_update
     peak_lr: float  # lr
@@ -124,47 +128,52 @@ class Iteration(_Settings, frozen=True, kw_only=True):
 
 
 class Sweep(_Settings, frozen=True, kw_only=True):
-    """The Ray Tune search over fine-tuning: peak learning rates x freeze shares drawn per trial (PAPER section 5.1)."""
+    """The Ray Tune search over fine-tuning (HuBERT (Hsu et al. 2021) IV-D): each trial is a fine-tuning run with a
+    `peak_lr`, a `freeze_share` and a `mask_prob` drawn for it from these ranges; the best on dev is the recogniser."""
 
-    trials: int = 4
+    trials: int = 4  # fine-tuning runs
     peak_lr: tuple[float, float] = (1e-5, 1e-4)  # log-uniform range
     freeze_share: tuple[float, float] = (0.0, 0.5)  # uniform range of freeze_finetune_updates / max_update
-    mask_prob: tuple[float, float] = (0.5, 0.75)  # uniform range of the time-mask probability
-    rungs: int = 3  # evaluations per trial; ASHA halves the field at each
+    mask_prob: tuple[float, float] = (0.5, 0.75)  # uniform range of mask_prob of the time masks, as in Mask.prob
+    rungs: int = 3  # dev evaluations per trial, evenly spaced; ASHA may stop the worse half at each
     seed: int = 0
 
 
 class Finetune(_Settings, frozen=True, kw_only=True):
-    """CTC fine-tuning (PAPER section 5). Audio is padded, never cropped. The conv encoder stays frozen."""
+    """CTC fine-tuning (HuBERT (Hsu et al. 2021) II-E, IV-D; defaults as wav2vec 2.0's 10-minute run, fairseq
+    `examples/wav2vec/config/finetuning/base_10m.yaml`). Audio is padded, never cropped. The conv encoder stays frozen."""
 
-    label_seconds: float = 600.0  # transcribed train audio that may be used; 600 = the paper's 10-minute split
+    label_seconds: float = 600.0  # transcribed train audio: at most this much, drawn by seed; 600 = the 10-minute split
     steps: int = 13_000  # max_update
     batch_seconds: float = 1600.0  # padded audio of one optimiser step over all workers
     micro_batch_seconds: float = 200.0  # padded audio of one forward pass
     schedule_shares: tuple[float, float, float] = (0.1, 0.4, 0.5)  # phase_ratio: warm-up, hold, decay
-    final_lr_scale: float = 0.05
-    mask_length: int = 10  # mask_length, time masks
-    channel_mask_prob: float = 0.25  # mask_channel_prob
-    channel_mask_length: int = 64  # mask_channel_length
-    layer_drop: float = 0.1  # layerdrop
-    dropout: float = 0.0  # final_dropout, and the encoder's dropout
-    activation_dropout: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    clip_norm: float = 0.0  # 0 = off
+    final_lr_scale: float = 0.05  # final_lr_scale: learning rate at the end, as a share of the peak
+    mask_length: int = 10  # mask_length of the time masks, frames of 20 ms
+    channel_mask_prob: float = 0.25  # mask_channel_prob: share of channels that bands would cover without overlap
+    channel_mask_length: int = 64  # mask_channel_length, channels of a band
+    layer_drop: float = 0.1  # layerdrop, probability that a whole layer is skipped
+    dropout: float = 0.0  # dropout, attention_dropout, dropout_input and final_dropout: one probability for all four
+    activation_dropout: float = 0.1  # activation_dropout, probability inside the FFN
+    betas: tuple[float, float] = (0.9, 0.98)  # adam_betas
+    eps: float = 1e-8  # adam_eps
+    clip_norm: float = 0.0  # clip_norm; 0 = off
     sweep: Sweep = Sweep()
     scratch_sweep: Sweep | None = None  # the control from random weights, conv encoder trained too; None = no control
     seed: int = 0
 
 
 class Decode(_Settings, frozen=True, kw_only=True):
-    """Greedy and n-gram beam search (PAPER section 6); weights are chosen on dev, test is decoded once."""
+    """Greedy and n-gram beam search (HuBERT (Hsu et al. 2021) IV-D, eq. 4; fairseq `examples/hubert/config/decode`).
 
-    ngram_order: int = 4
-    beam: int = 500
-    beam_threshold: float = 100.0
+    The two weights are chosen on dev, test is decoded once.
+    """
+
+    ngram_order: int = 4  # words of the longest n-gram
+    beam: int = 500  # beam: hypotheses kept per frame
+    beam_threshold: float = 100.0  # beamthreshold: those this many nats below the frame's best are dropped
     lm_weights: tuple[float, ...] = (0.5, 1.0, 1.5)  # w1, of the natural logarithm; grid tried on dev
-    word_scores: tuple[float, ...] = (-1.0, 0.0, 1.0)  # w2, grid tried on dev
+    word_scores: tuple[float, ...] = (-1.0, 0.0, 1.0)  # w2, nats per word; grid tried on dev
 
 
 class Recipe(_Settings, frozen=True, kw_only=True):

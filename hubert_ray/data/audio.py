@@ -15,7 +15,7 @@ import soundfile
 from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from hubert_ray.errors import AudioError
 
-MAX_SECONDS = 3600.0  # a longer file is a recording to be segmented first, not an utterance
+MAX_SECONDS = 120.0  # a longer file is a recording to be segmented first, not an utterance
 UNKNOWN_FRAMES = (
     2**63 - 1
 )  # libsndfile's word for a FLAC stream whose header has no length; it cannot read those to the end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.batching import MicroBatch
-from hubert_ray.data.frames import crop_labels, samples_of
+from hubert_ray.data.frames import SAMPLE_RATE, crop_labels, samples_of
 from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.shards import AudioReader, Manifest
 
@@ -38,6 +39,7 @@ class UtteranceReader:
         self._shards = manifest.table["shard"]
         self._offsets = manifest.numbers("offset")
         self._sizes = manifest.numbers("size")
+        self._samples = manifest.numbers("samples")
         self._normalize = normalize
 
     def wave(self, row: int) -> np.ndarray:
@@ -53,6 +55,13 @@ class UtteranceReader:
             waves.append(self.wave(row)[start : start + size])
             targets.append(labels.window(row, crop_labels(start, micro_batch.frames, labels.frame_rate_hz)))
         return Crops(torch.from_numpy(np.stack(waves)), torch.from_numpy(np.stack(targets).astype(np.int64)))
+
+    def groups(self, seconds: float) -> Iterator[list[int]]:
+        """All rows in order, in groups of about `seconds` of audio: what may be decoded at a time."""
+        group_N = np.cumsum(self._samples) // int(seconds * SAMPLE_RATE)
+        for rows_N in np.split(np.arange(len(group_N)), np.flatnonzero(np.diff(group_N)) + 1):
+            if len(rows_N):
+                yield rows_N.tolist()
 
     def padded(self, rows: list[int]) -> Padded:
         """Whole utterances, never cropped, padded with zeros."""

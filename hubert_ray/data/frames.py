@@ -3,7 +3,8 @@
 The conv encoder sees 400 samples (25 ms) per frame and moves by 320 (20 ms): frame t covers samples 320t .. 320t+399.
 MFCC frames have the same 400-sample window and move by 160, so MFCC frame 2t covers exactly the samples of frame t.
 Crops start on multiples of 320; then a crop's frame t *is* the utterance's frame start/320 + t, and its label is exact.
-(fairseq crops anywhere and rounds the label start, which shifts labels by up to half a label frame. PAPER 10.1)
+(fairseq's `data/audio/hubert_dataset.py` crops anywhere and rounds the label start, which shifts labels by up to half
+a label frame.)
 """
 
 from __future__ import annotations

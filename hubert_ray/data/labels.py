@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hubert_ray.data.frames import frames_of, mfcc_frames_of
+from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from hubert_ray.data.shards import Manifest
 from hubert_ray.errors import LabelError
 from hubert_ray.storage import layout, schemas
@@ -30,9 +30,9 @@ class LabelStore:
 
     def __init__(self, storage: Storage, labels_path: str, manifest: Manifest, frame_rate_hz: int):
         self.frame_rate_hz = frame_rate_hz
-        samples = manifest.numbers("samples")
-        count = np.vectorize(frames_of if frame_rate_hz == 50 else mfcc_frames_of, otypes=[np.int64])
-        self._bounds = np.concatenate([[0], np.cumsum(count(samples))])
+        stride = SAMPLE_RATE // frame_rate_hz
+        frames = np.maximum(0, (manifest.numbers("samples") - RECEPTIVE_FIELD) // stride + 1)
+        self._bounds = np.concatenate([[0], np.cumsum(frames)])
         self._file = tempfile.NamedTemporaryFile(prefix="hubert-ray-labels-")
         self._values = np.memmap(self._file, dtype=np.uint16, mode="w+", shape=(max(1, int(self._bounds[-1])),))
         found = np.zeros(len(manifest), dtype=bool)
@@ -71,10 +71,6 @@ class LabelStore:
         """Labels of one utterance at the frames of `window` (see data/frames.py), uint16."""
         start, stop = int(self._bounds[row]), int(self._bounds[row + 1])
         return self._values[start:stop][window]
-
-    def histogram(self, clusters: int) -> np.ndarray:
-        """How many frames carry each label, (K,) int64."""
-        return np.bincount(self._values[: int(self._bounds[-1])], minlength=clusters)
 
 
 def _rows(lists: pa.ChunkedArray) -> Iterator[np.ndarray]:

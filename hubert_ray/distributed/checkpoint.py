@@ -18,6 +18,7 @@ import torch.distributed
 
 from hubert_ray.distributed import zero
 from hubert_ray.distributed.zero import ParameterState
+from hubert_ray.errors import TrainingError
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
@@ -28,6 +29,10 @@ def save(trainer: Any, step: int, storage: Storage, folder: str, keep: int) -> N
     path = f"{folder}/{layout.checkpoint(step)}"
     share: dict[str, torch.Tensor] = {}
     for number, state in enumerate(zero.full_state(trainer)):
+        if not torch.isfinite(state.value).all():  # every rank sees the whole value, so all of them stop here
+            raise TrainingError(
+                f"{folder}: '{state.name}' is not finite after {step} steps; no checkpoint is made of it"
+            )
         if number % world == rank:
             share[f"value/{state.name}"] = state.value.cpu().contiguous()
             share |= {f"{key}/{state.name}": m.cpu().contiguous() for key, m in (state.moments or {}).items()}

@@ -7,7 +7,7 @@ Within a lane blocks are added in order of position, and the driver adds the lan
 always nest the same way: centroids are bit-equal for any number of holders.
 
 A holder that dies takes its blocks along. They are extracted again onto its successor, and the pass is repeated with the
-same centroids, so the result does not change (failures.py, REBUILD_BLOCKS).
+same centroids, so the result does not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import ray
 import ray.exceptions
 
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.distributed.failures import Action, Fault, decide
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import TrainingError
 from hubert_ray.units import kmeans
@@ -49,7 +48,7 @@ class Pass:
     counts_K: np.ndarray
 
 
-@ray.remote(num_cpus=0, scheduling_strategy="SPREAD")  # busy only while the extraction workers are not
+@ray.remote(scheduling_strategy="SPREAD")
 class BlockHolder:
     """Keeps feature blocks in memory and reduces them."""
 
@@ -78,8 +77,8 @@ class BlockHolder:
         return lanes
 
 
-def _new_holder() -> Any:
-    return BlockHolder.remote()  # type: ignore[attr-defined]  # mypy does not see what a class decorator returns
+def _new_holder(cluster: Cluster) -> Any:
+    return BlockHolder.options(num_cpus=cluster.kmeans_cpus).remote()  # type: ignore[attr-defined]  # mypy does not see what a class decorator returns
 
 
 class _Extract:
@@ -106,7 +105,7 @@ class FeatureSample:
         self._shards = list(shards)
         self._cluster = cluster
         self._failures = 0
-        self._holders = [_new_holder() for _ in range(min(cluster.kmeans_workers, len(shards), LANES))]
+        self._holders = [_new_holder(self._cluster) for _ in range(min(cluster.kmeans_workers, len(shards), LANES))]
         self._frames: dict[int, int] = {}
 
     def __enter__(self) -> FeatureSample:
@@ -149,8 +148,7 @@ class FeatureSample:
             self._rebuild(lost)
 
     def _rebuild(self, lost: list[int]) -> None:
-        action = decide("learn_kmeans", Fault.WORKER_LOST, self._failures, self._cluster.max_failures)
-        if action is not Action.REBUILD_BLOCKS:
+        if self._failures >= self._cluster.max_failures:
             raise TrainingError(
                 f"k-means lost {self._failures + 1} feature holders, more than max_failures = {self._cluster.max_failures}. "
                 "If they ran out of memory, raise kmeans_workers or lower kmeans.sample_share"
@@ -158,7 +156,7 @@ class FeatureSample:
         self._failures += 1
         logger.warning("k-means: %d feature holder(s) lost; extracting their blocks again", len(lost))
         for index in lost:
-            self._holders[index] = _new_holder()
+            self._holders[index] = _new_holder(self._cluster)
         self._fill([p for p in range(len(self._shards)) if self._holder_of(p) in lost])
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:

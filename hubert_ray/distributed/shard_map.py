@@ -34,11 +34,14 @@ class _Adapter:
     """
 
     def __init__(self, factory: Callable[[], ShardWorker]):
-        self._worker = factory()
+        self._factory = factory
+        self._worker: ShardWorker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         facts, error = {}, b""
         try:
+            if self._worker is None:
+                self._worker = self._factory()
             facts = self._worker(row["shard"])
         except HubertRayError as caught:
             error = pickle.dumps(caught)
@@ -64,6 +67,8 @@ def shard_map(factory: Callable[[], ShardWorker], shards: list[str], cluster: Cl
         compute=ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
         num_cpus=cluster.data_cpus,
         num_gpus=cluster.data_gpus or None,
+        max_restarts=cluster.max_failures,  # of an actor; without a bound a shard that kills its worker would do so for ever
+        max_task_retries=cluster.max_failures,
     )
     for row in mapped.iter_rows():
         if row["error"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 from pathlib import Path
@@ -76,7 +77,8 @@ class Progress:
 
     def _follow(self) -> None:
         while not self._ended.wait(self._interval):
-            self._print()
+            with contextlib.suppress(OSError):  # a storage that does not answer once costs a line on the console
+                self._print()
 
     def _print(self) -> None:
         for title, folder in self._folders.items():

@@ -35,6 +35,7 @@ from hubert_ray.distributed import checkpoint, zero
 from hubert_ray.distributed.shard_map import user_error
 from hubert_ray.distributed.telemetry import Progress, Telemetry
 from hubert_ray.errors import TrainingError
+from hubert_ray.model.optim import set_lr
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
@@ -174,8 +175,7 @@ def train(
     torch.set_num_threads(max(1, int(cluster.train_cpus)))
     torch.manual_seed(job.seed)  # the same initial weights on every rank
     task = job.factory()
-    sealed = checkpoint.steps(job.storage, job.folder)
-    start = sealed[-1] if sealed else 0
+    start = _newest_checkpoint(job, device)
     if start:
         checkpoint.load_weights(task.module, start, job.storage, job.folder)
     task.module.to(device)
@@ -184,6 +184,14 @@ def train(
     if start:
         checkpoint.load_optimizer(engine, start, job.storage, job.folder)
     _Loop(job, cluster, task, engine, device, report).run(start)
+
+
+def _newest_checkpoint(job: TrainJob, device: torch.device) -> int:
+    """The step to go on from, as rank 0 sees it; 0 where there is no sealed checkpoint."""
+    sealed = checkpoint.steps(job.storage, job.folder) if torch.distributed.get_rank() == 0 else []
+    start = torch.tensor([sealed[-1] if sealed else 0], device=device)
+    torch.distributed.broadcast(start, src=0)
+    return int(start)
 
 
 class _Loop:
@@ -212,12 +220,15 @@ class _Loop:
         for step in range(start, job.steps):
             self._step(step, batches)
             done = step + 1
-            if done % job.log_steps == 0 or done == job.steps or done == 1:
+            saves = done % job.checkpoint_steps == 0 and done < job.steps
+            if (
+                done % job.log_steps == 0 or saves or done in (1, job.steps)
+            ):  # at a checkpoint, so that a resumed log is the same
                 row = self._row(done, time.perf_counter() - clock, done - since)
                 since, clock = done, time.perf_counter()
                 if telemetry:
                     telemetry.log(row)
-            if done % job.checkpoint_steps == 0 and done < job.steps:
+            if saves:
                 checkpoint.save(self._engine, done, job.storage, job.folder, self._cluster.keep_checkpoints)
             if done in job.report_steps:
                 self._report(done)
@@ -249,7 +260,7 @@ class _Loop:
         task, engine = self._task, self._engine
         rounds = -(-task.micro_batches // self._world)
         scale = rounds * self._world / task.count(step)  # DeepSpeed divides by both
-        zero.set_learning_rate(engine, task.learning_rate(step))
+        set_lr(engine.optimizer, task.learning_rate(step))
         task.before_step(step)
         for _ in range(rounds):
             index, batch = next(batches)

@@ -47,14 +47,11 @@ def engine(
         "zero_optimization": {"stage": cluster.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": cluster.precision == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
-
-
-def set_learning_rate(trainer: Any, rate: float) -> None:
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = rate
 
 
 def full_state(trainer: Any) -> Iterator[ParameterState]:

@@ -3,7 +3,8 @@
 The conv encoder is frozen for ever, except in the control from random weights (`train_conv=True`). During the first
 `freeze_steps` updates the whole encoder is frozen and only the letter head learns; dropout and masks act all the same.
 
-Shapes: B utterances, S samples at 16 kHz, T frames at 50 Hz, D width, V letters + blank. PAPER sections 5 and 10.5.
+Shapes: B utterances, S samples at 16 kHz, T frames at 50 Hz, D width, V letters + blank.
+Sources: HuBERT (Hsu et al. 2021) II-E, IV-D; fairseq `models/hubert/hubert_asr.py`.
 """
 
 from __future__ import annotations

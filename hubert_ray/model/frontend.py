@@ -7,7 +7,7 @@ Everything is channels-last, so that norms and matrix products read memory in or
 run at half the speed of its matrix products, the strided convs are matrix products and the positional conv is an FFT.
 
 Shapes: B utterances, S samples at 16 kHz, C conv channels, T steps or frames, W taps of a kernel, D width, G groups,
-Q frequencies. PAPER 1.1-1.3; PITFALLS E1, E2, E14.
+Q frequencies. Sources: HuBERT (Hsu et al. 2021) II-E, Table I; fairseq `models/wav2vec/wav2vec2.py`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """What is the HuBERT network? Conv encoder, positional conv, transformer, prediction head; and every layer's output.
 
-The order of operations (PAPER 1.2): waveform -> 7 convs -> (gradient scale, feature penalty) -> LayerNorm, Linear,
+The order of operations, fairseq's: waveform -> 7 convs -> (gradient scale, feature penalty) -> LayerNorm, Linear,
 dropout -> masked frames overwritten by one learned vector -> positional conv added -> transformer -> codeword head.
 
 `Encoder` is the body that pretraining and the recogniser share; `Hubert` is the body with the masked-prediction head.
 Padding: with `samples_B` every statistic is taken over valid samples only, so a padded batch equals batches of one.
 
 Shapes: B utterances, S samples at 16 kHz, C conv channels, T frames at 50 Hz, D width, H heads, N selected frames,
-K classes of one label stream. PAPER sections 1 and 10; PITFALLS E1-E4, E12-E15.
+K classes of one label stream. Sources: HuBERT (Hsu et al. 2021) II-E, Table I; fairseq `models/hubert/hubert.py`,
+`models/wav2vec/wav2vec2.py`.
 """
 
 from __future__ import annotations
@@ -158,6 +159,10 @@ class Encoder(nn.Module):
                 hidden_BTD = torch.utils.checkpoint.checkpoint(layer, hidden_BTD, keys_B11T, use_reentrant=False)
             elif kept:
                 hidden_BTD = layer(hidden_BTD, keys_B11T)
+            elif torch.is_grad_enabled():
+                # A dropped block still takes part, with zero gradients: workers drop different ones, and a gradient that
+                # exists on one worker only would set their reductions against each other.
+                hidden_BTD = hidden_BTD + 0.0 * sum(parameter.sum() for parameter in layer.parameters())
             outputs.append(hidden_BTD)
         return outputs
 
@@ -167,7 +172,7 @@ class Encoder(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """Cosine similarity to a table of codewords, per label stream (PAPER section 9). Streams share the encoder only."""
+    """Cosine similarity to a table of codewords, per label stream (HuBERT eq. 3). Streams share the encoder only."""
 
     def __init__(self, dim: int, codeword_dim: int, classes: tuple[int, ...]) -> None:
         super().__init__()

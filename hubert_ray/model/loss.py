@@ -1,8 +1,9 @@
 """What is minimised? Masked prediction with the feature penalty, and CTC. All of the loss, nothing else.
 
-Masked prediction (PAPER section 9): total = masked_weight * CE_masked + unmasked_weight * CE_unmasked
-+ feature_penalty * penalty * frames, where CE are *sums* in nats over frames and label streams. The caller divides
-gradients and metrics by `frames` summed over all workers: a mean over the global batch, never a mean of means.
+Masked prediction (HuBERT (Hsu et al. 2021) II-B, eq. 1; fairseq `criterions/hubert_criterion.py`):
+total = masked_weight * CE_masked + unmasked_weight * CE_unmasked + feature_penalty * penalty * frames, where CE are
+*sums* in nats over frames and label streams. The caller divides gradients and metrics by `frames` summed over all
+workers: a mean over the global batch, never a mean of means.
 The cosine head scores selected frames only: hidden ones, and the others only if they carry weight; else the accuracy on
 unmasked frames is that of a sample of them.
 

@@ -5,7 +5,9 @@ fairseq draws each row's spans and then un-masks random frames until all 8 rows 
 row that hides fewest. Here that number is a constant per length (`masked_count`, fairseq's expectation), so every
 micro batch of a length has the same shape and the masked share does not depend on the batch.
 
-Shapes: B utterances, T frames at 50 Hz, D width. PAPER 10.3; PITFALLS E13.
+Shapes: B utterances, T frames at 50 Hz, D width.
+Sources: HuBERT (Hsu et al. 2021) II-B, Fig. 3; wav2vec 2.0 (Baevski et al. 2020) 3.1;
+fairseq `data/data_utils.py`, compute_mask_indices.
 """
 
 from __future__ import annotations

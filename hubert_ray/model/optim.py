@@ -1,7 +1,8 @@
 """How do weights move? AdamW as fairseq sets it, and the two learning-rate schedules.
 
 Learning rates are functions of `step`, the number of updates already made (0 for the first update), as in fairseq.
-PAPER section 2 (pretraining: polynomial) and 5.2 (fine-tuning: tri-stage); PITFALLS E16.
+Sources: HuBERT (Hsu et al. 2021) IV-C (pretraining: polynomial) and IV-D (fine-tuning: tri-stage, as wav2vec 2.0);
+fairseq `optim/adam.py`, whose decay is decoupled, and `optim/lr_scheduler/`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """teacher features + codebook -> a uint16 label per frame of every utterance, and how good the labels are.
 
-Extraction and assignment are fused: features live for one utterance batch and are never written. PAPER sections 3, 8.
+Extraction and assignment are fused: features live for ten minutes of audio at a time and are never written.
+HuBERT (Hsu et al. 2021) II-A, IV-B, IV-E.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from hubert_ray.config.recipe import Teacher
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
+from hubert_ray.errors import LabelError
 from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.artifacts import Artifact
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units.kmeans import assign
 from hubert_ray.units.quality import PhoneCounts, entropy_bits
+
+GROUP_SECONDS = 600.0  # of audio whose features are in memory at a time
 
 
 class _Labeller:
@@ -38,8 +42,11 @@ class _Labeller:
     def __call__(self, shard: str) -> dict[str, Any]:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard)
         utterances = UtteranceReader(self._reader, manifest, normalize=False)
-        frames = self._extractor([utterances.wave(row) for row in range(len(manifest))])
-        labels = [assign(frames_FD, self._centroids_KD)[0].astype(np.uint16) for frames_FD in frames]
+        labels = [
+            assign(frames_FD, self._centroids_KD)[0].astype(np.uint16)
+            for rows in utterances.groups(GROUP_SECONDS)
+            for frames_FD in self._extractor([utterances.wave(row) for row in rows])
+        ]
         rate = pa.array(np.full(len(labels), self._extractor.frame_rate_hz, dtype=np.int16))
         ids = manifest.table["utterance_id"].combine_chunks()
         table = pa.table([ids, pa.array(labels, schemas.LABELS.field("labels").type), rate], schema=schemas.LABELS)
@@ -59,6 +66,12 @@ def assign_labels(work: Work, teacher: Teacher, clusters: int) -> dict[str, Any]
     for row in shard_map(labeller, missing, work.cluster):
         print(f"{work.name}  {row['shard']}  {row['frames']} labels", flush=True)
     facts = _measure(work.output, work.storage, work.inputs["corpus"].path, shards, clusters)
+    used = sum(count > 0 for count in facts["histogram"])
+    if used < clusters / 2:
+        raise LabelError(
+            f"{work.name}: only {used} of {clusters} clusters occur in the train labels. The codebook has collapsed; a model "
+            "would learn a constant. Give kmeans more audio (sample_share), other seeds, or fewer clusters"
+        )
     work.output.write_json(layout.QUALITY, facts)
     return {key: facts[key] for key in ("train_frames", "unigram_entropy_bits", "majority_share", "quality")}
 

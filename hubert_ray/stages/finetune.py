@@ -1,7 +1,8 @@
 """a pretrained model + a few transcripts -> a recogniser, by a Ray Tune sweep of CTC fine-tuning.
 
 The same stage trains the control: the network from random weights on the same transcripts, its conv encoder trained too.
-Audio is padded and never cropped, because a cropped waveform no longer says its transcript. PAPER section 5.
+Audio is padded and never cropped, because a cropped waveform no longer says its transcript.
+HuBERT (Hsu et al. 2021) II-E, IV-D.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import nn
 
 from hubert_ray.asr import letters, wer
 from hubert_ray.asr.decoder import greedy
+from hubert_ray.asr.transcripts import labelled_subset, spellable
 from hubert_ray.asr.wer import ErrorRate
 from hubert_ray.config.recipe import Finetune, Sweep
 from hubert_ray.data.batching import PaddedPlan
@@ -26,7 +27,7 @@ from hubert_ray.data.frames import SAMPLE_RATE, frames_of
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.sweep import Trial, TrialResult, run_trials
 from hubert_ray.distributed.train_loop import StepLoss, TrainJob
-from hubert_ray.errors import CorpusError, TrainingError
+from hubert_ray.errors import TrainingError
 from hubert_ray.model.ctc import HubertCtc
 from hubert_ray.model.loss import ctc_loss_sum
 from hubert_ray.model.masking import FinetuneMask, finetune_mask
@@ -160,9 +161,9 @@ def finetune(work: Work, start: Start, settings: Finetune, sweep: Sweep) -> dict
     """Writes the best trial's `model.safetensors` with `model.json`, and `trials.json` with all of them."""
     model = model_at(work.inputs["model"])
     corpus = work.inputs["corpus"].path
-    _check_transcripts(work.manifest(), settings)
     choices = draw_choices(sweep, start)
-    rungs = tuple(round(settings.steps * (rung + 1) / sweep.rungs) for rung in range(sweep.rungs))
+    first = max(1, settings.steps // 2 ** (sweep.rungs - 1))
+    rungs = (*(first * 2**rung for rung in range(sweep.rungs - 1)), settings.steps)  # where ASHA halves the field
     trials = [
         Trial(
             name=f"{number:03d}",
@@ -223,37 +224,3 @@ def draw_choices(sweep: Sweep, start: Start) -> list[Choice]:
         Choice(float(lr), float(freeze) if frozen else 0.0, float(mask))
         for lr, freeze, mask in zip(rates, freezes, masks, strict=True)
     ]
-
-
-def labelled_subset(manifest: Manifest, settings: Finetune) -> Manifest:
-    """Transcribed train utterances, drawn by seed until `label_seconds` are full."""
-    train = spellable(manifest.split("train"))[0]
-    order = np.random.default_rng(settings.seed).permutation(len(train))
-    ends = np.cumsum(train.numbers("samples")[order])
-    chosen = np.sort(order[: int(np.searchsorted(ends, settings.label_seconds * SAMPLE_RATE, side="right"))])
-    return Manifest(train.table.take(chosen))
-
-
-def spellable(manifest: Manifest) -> tuple[Manifest, list[str]]:
-    """The utterances whose transcript the alphabet can spell, and their normalised transcripts."""
-    transcribed = manifest.transcribed()
-    rows, texts = [], []
-    for row, text in enumerate(transcribed.table["text"].to_pylist()):
-        try:
-            texts.append(letters.normalise(text))
-            rows.append(row)
-        except letters.UnspellableTextError:
-            continue
-    return Manifest(transcribed.table.take(pa.array(rows, pa.int64()))), texts
-
-
-def _check_transcripts(manifest: Manifest, settings: Finetune) -> None:
-    for what, count in (
-        ("train", len(labelled_subset(manifest, settings))),
-        ("dev", len(spellable(manifest.split("dev"))[0])),
-    ):
-        if not count:
-            raise CorpusError(
-                f"fine-tuning needs transcribed utterances in the {what} split; found none in A-Z and apostrophes. "
-                "Name speakers for it with corpus.dev_speakers, raise finetune.label_seconds, or set finetune = null"
-            )

@@ -1,7 +1,7 @@
 """teacher features of the train split -> a codebook of K centroids.
 
 Features are streamed from the audio shards; a seeded sample of utterances stays in the memory of Ray actors, where
-k-means++ and Lloyd's algorithm run on it. Dev and test audio is never clustered. PAPER section 3.
+k-means++ and Lloyd's algorithm run on it. Dev and test audio is never clustered. HuBERT (Hsu et al. 2021) II-A, II-D, IV-B.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units import kmeans as lloyd
 
 SEEDING_FRAMES = 30_000  # scikit-learn's default init_size for fairseq's batches of 10,000
+GROUP_SECONDS = 600.0  # of audio that is decoded at a time
 _PROGRESS = "progress.npz"
 
 
@@ -39,9 +40,13 @@ class _SampledFrames:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard).split("train")
         rng = np.random.default_rng([self._settings.seed, zlib.crc32(shard.encode())])
         count = int(np.ceil(self._settings.sample_share * len(manifest)))
-        rows = np.sort(rng.choice(len(manifest), size=count, replace=False)).tolist()
-        utterances = UtteranceReader(self._reader, manifest, normalize=False)
-        frames = self._extractor([utterances.wave(row) for row in rows])
+        rows = np.sort(rng.choice(len(manifest), size=count, replace=False))
+        sampled = UtteranceReader(self._reader, Manifest(manifest.table.take(rows)), normalize=False)
+        frames = [
+            frames_FD
+            for group in sampled.groups(GROUP_SECONDS)
+            for frames_FD in self._extractor([sampled.wave(row) for row in group])
+        ]
         return np.concatenate(frames) if frames else np.empty((0, self._extractor.dim), dtype=np.float32)
 
 

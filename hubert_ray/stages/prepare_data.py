@@ -6,16 +6,20 @@ see that it can be; what cannot be used is a row of quarantine.parquet with its 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hubert_ray.asr.transcripts import spellable
 from hubert_ray.config.recipe import Corpus
-from hubert_ray.data.corpora import Group, open_source, plan_shards
-from hubert_ray.data.shards import write_shard
+from hubert_ray.data.corpora import SPLITS, Group, open_source, plan_shards
+from hubert_ray.data.shards import Manifest, write_shard
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import CorpusError
 from hubert_ray.stages.context import Work
@@ -45,32 +49,59 @@ def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
     """Writes the corpus artifact. Raises CorpusError where the source is unusable as a whole."""
     storage, path = work.storage, work.output.path
     plan = plan_shards(open_source(corpus).groups(), corpus.shard_mib * 2**20)
+    _check_unchanged(work, plan)
     missing = [shard for shard in plan if not storage.exists(f"{path}/{_quarantine_part(shard)}")]
     for row in shard_map(partial(_ShardWriter, storage, path, corpus, plan), missing, work.cluster):
         print(f"prepare_data  {row['shard']}  {row['utterances']} utterances", flush=True)
-    manifest = _merge(storage, path, [layout.part(s) for s in plan], layout.MANIFEST, schemas.MANIFEST)
-    quarantine = _merge(storage, path, [_quarantine_part(s) for s in plan], layout.QUARANTINE, schemas.QUARANTINE)
+    manifest, content = _merge(storage, path, [layout.part(s) for s in plan], layout.MANIFEST, schemas.MANIFEST)
+    quarantine, _ = _merge(storage, path, [_quarantine_part(s) for s in plan], layout.QUARANTINE, schemas.QUARANTINE)
     if not manifest:
         raise CorpusError(f"no usable utterance: all {quarantine} recordings are in {path}/{layout.QUARANTINE}")
-    return {"utterances": manifest, "quarantined": quarantine, "shards": len(plan)}
+    return {
+        "utterances": manifest,
+        "quarantined": quarantine,
+        "shards": len(plan),
+        "transcribed": _transcribed(Manifest.read(storage, path, ["split", "text"])),
+        "source": getattr(corpus, "path", None),
+        "content": content,
+    }
+
+
+def _transcribed(manifest: Manifest) -> dict[str, int]:
+    """Utterances with a transcript that the alphabet can spell, per split."""
+    return {name: len(spellable(manifest.split(name))[0]) for name in SPLITS}
 
 
 def _quarantine_part(shard: str) -> str:
     return f"quarantine/{shard}.parquet"
 
 
-def _merge(storage: Storage, path: str, parts: list[str], name: str, schema) -> int:
-    """Concatenates parts to one table, a row group each; memory holds one part. Returns the number of rows."""
-    rows = 0
+def _check_unchanged(work: Work, plan: dict[str, list[Group]]) -> None:
+    """Shards of a begun corpus belong to the recordings that were there then. Raises CorpusError where others are now."""
+    listed = hashlib.sha256(msgspec.json.encode(plan)).hexdigest()
+    file = work.output.file("plan.sha256")
+    if work.storage.exists(file) and work.storage.read(file).decode() != listed:
+        raise CorpusError(
+            f"'{work.output.path}' was begun from other recordings than are there now (files were added, removed or changed). "
+            f"Begin again: hubert-ray remove {work.output.path} --storage '{work.storage.url}'"
+        )
+    work.storage.write(file, listed.encode())
+
+
+def _merge(storage: Storage, path: str, parts: list[str], name: str, schema: pa.Schema) -> tuple[int, str]:
+    """Concatenates parts to one table, a row group each; memory holds one part. Returns rows and a digest of the parts."""
+    rows, digest = 0, hashlib.sha256()
     seen: set[int] = set()
     with storage.create(f"{path}/{name}") as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
         for part in parts:
-            table = schemas.decode(storage.read(f"{path}/{part}"))
+            data = storage.read(f"{path}/{part}")
+            digest.update(data)
+            table = schemas.decode(data)
             writer.write_table(table)
             rows += table.num_rows
             if "utterance_id" in schema.names:
                 _refuse_repeated_ids(table["utterance_id"], seen, part)
-    return rows
+    return rows, digest.hexdigest()[:16]
 
 
 def _refuse_repeated_ids(ids, seen: set[int], part: str) -> None:

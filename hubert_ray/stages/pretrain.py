@@ -1,6 +1,7 @@
 """labels + audio -> a HuBERT model, trained from random weights to predict the labels of masked frames.
 
-Every iteration starts from random weights; what it inherits from the one before is only the labels. PAPER sections 2, 9.
+Every iteration starts from random weights; what it inherits from the one before is only the labels.
+HuBERT (Hsu et al. 2021) II-B, II-D, IV-C.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed import telemetry
 from hubert_ray.distributed.train_loop import StepLoss, TrainJob, fit
-from hubert_ray.errors import RecipeError
 from hubert_ray.model.hubert import Hubert
 from hubert_ray.model.loss import pretrain_loss
 from hubert_ray.model.masking import batch_mask, masked_count
@@ -122,11 +122,6 @@ class PretrainTask:
 
 def pretrain(work: Work, model: ModelSize, classes: int, frame_rate_hz: int, settings: Pretrain) -> dict[str, Any]:
     """Writes `model.safetensors`, `model.json`, `metrics.jsonl` and TensorBoard files."""
-    if model.layer_drop and work.cluster.zero_stage == 3:
-        raise RecipeError(
-            f"{work.name}: LayerDrop ({model.layer_drop:g}) with ZeRO 3 leaves workers waiting for each other; "
-            "use --cluster zero_stage=2 or lower, or set layer_drop = 0"
-        )
     task = partial(
         PretrainTask, work.storage, work.inputs["corpus"].path, work.inputs["labels"].path, frame_rate_hz, classes,
         model, settings, work.name,

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from hubert_ray.errors import StaleArtifactError, UnsealedArtifactError
+from hubert_ray.errors import StaleArtifactError, StorageError, UnsealedArtifactError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 
@@ -71,8 +71,13 @@ class Artifact:
             if not self.storage.exists(self.file(name)):
                 continue
             data = self.storage.read(self.file(name))
-            found = msgspec.json.decode(data, type=Seal) if name == layout.SEAL else None
-            identity = found.identity if found else msgspec.json.decode(data, type=Identity)
+            try:
+                found = msgspec.json.decode(data, type=Seal) if name == layout.SEAL else None
+                identity = found.identity if found else msgspec.json.decode(data, type=Identity)
+            except msgspec.DecodeError as error:
+                raise StorageError(
+                    f"{self.storage.full(self.file(name))} cannot be read ({error}); make the artifact again after {self._remove()}"
+                ) from error
             if identity != self.identity:
                 raise StaleArtifactError(self._difference(identity, sealed=found is not None))
             return found
@@ -111,12 +116,16 @@ class Artifact:
             f"  {name}: {there!r} on storage, {here!r} in the recipe"
             for name, there, here in _differences(_plain(found), _plain(self.identity))
         ]
+        corpus = self.path.startswith("corpora/")
+        name = "the corpus another name (--set corpus.name=…)" if corpus else "the run another name (--set name=…)"
         return (
             f"'{self.path}' was {'made' if sealed else 'begun'} from other settings than this recipe's:\n"
             + "\n".join(rows)
-            + "\nWays out: give the run another name (--set name=…), go back to the old settings, "
-            f"or remove it and what was made from it: hubert-ray remove {self.path}"
+            + f"\nWays out: give {name}, go back to the old settings, or remove it and then what was made from it: {self._remove()}"
         )
+
+    def _remove(self) -> str:
+        return f"hubert-ray remove {self.path} --storage '{self.storage.url}'"
 
 
 def _plain(identity: Identity) -> dict[str, Any]:

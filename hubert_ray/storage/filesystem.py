@@ -16,6 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
+from hubert_ray.errors import StorageError
+
 HIDDEN = ".part-"  # begins the name of a local file that is being written
 
 
@@ -24,11 +26,19 @@ class Storage:
 
     def __init__(self, url: str):
         self.url = url
-        if "://" in url:
-            self.filesystem, root = fs.FileSystem.from_uri(url)
-        else:
-            self.filesystem, root = fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+        try:
+            if "://" in url:
+                self.filesystem, root = fs.FileSystem.from_uri(url)
+            else:
+                self.filesystem, root = fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+            kind = self.filesystem.get_file_info(root).type
+        except (pa.ArrowException, OSError) as error:
+            raise StorageError(
+                f"--storage {url}: not a folder, s3://bucket/… or gs://bucket/… that can be reached ({error})"
+            ) from error
         self.root = root.rstrip("/")
+        if not self.root or kind == fs.FileType.File:
+            raise StorageError(f"--storage {url}: {'names no bucket' if not self.root else 'is a file, not a folder'}")
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"

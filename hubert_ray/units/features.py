@@ -32,8 +32,9 @@ class FeatureExtractor(Protocol):
 
 
 class MfccExtractor:
-    """13 cepstra with first and second deltas, 100 Hz (PAPER section 3.1): Kaldi's MFCC without energy, mean subtraction
-    or dither, on waveforms in [-1, 1]; frames are 25 ms long, 10 ms apart, none reaching over the edges."""
+    """13 cepstra with first and second deltas, 100 Hz, as fairseq's `examples/hubert/simple_kmeans/dump_mfcc_feature.py`:
+    Kaldi's MFCC without energy, mean subtraction or dither, on waveforms in [-1, 1]; frames are 25 ms long, 10 ms apart,
+    none reaching over the edges."""
 
     frame_rate_hz = 100
     dim = 39
@@ -52,8 +53,9 @@ class MfccExtractor:
 
 
 class LayerExtractor:
-    """Output of transformer block `layer` at 50 Hz: 1-based, after the residual (PAPER section 3.3). Layer 0 is the input
-    of the first block. Utterances are padded together only as far as masked statistics keep each one's result its own."""
+    """Output of transformer block `layer` at 50 Hz: 1-based, after the residual, as fairseq's `dump_hubert_feature.py`.
+    Layer 0 is the input of the first block. Utterances are padded together only as far as masked statistics keep each
+    one's result its own."""
 
     frame_rate_hz = 50
 

@@ -3,7 +3,7 @@
 Each takes and returns arrays, so the same code serves one process and many: the distributed fit (distributed/
 kmeans_reduce.py) only decides who holds which frames and adds `Partial`s in a fixed order. Distances come from faiss on
 one thread, sums are kept in float64, so a block of frames gives the same partial wherever it is computed.
-Notation: N frames, D dimensions, K clusters. PAPER section 3.2.
+Notation: N frames, D dimensions, K clusters. fairseq's counterpart: `examples/hubert/simple_kmeans/learn_kmeans.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Do the units mean anything? Phone purity, cluster purity and PNMI from counts of (phone, unit) pairs.
 
-PAPER section 8: with p(i, j) the share of frames of phone i and unit j,
+HuBERT (Hsu et al. 2021) IV-E, fairseq `examples/hubert/measure_teacher_quality.py`: with p(i, j) the share of frames of
+phone i and unit j,
     phone purity   = sum_j max_i p(i, j)     accuracy if each unit is named after its commonest phone
     cluster purity = sum_i max_j p(i, j)     falls as clusters multiply
     PNMI           = I(phone; unit) / H(phone)

@@ -12,14 +12,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import ray.train
 import safetensors.torch
 import torch
 from torch import nn
 
 from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.sizes import TINY
 from hubert_ray.distributed import checkpoint, telemetry
 from hubert_ray.distributed.train_loop import StepLoss, TrainJob, fit
 from hubert_ray.errors import TrainingError
+from hubert_ray.model.hubert import Encoder
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
@@ -45,6 +48,23 @@ class Batch:
 
     def to(self, device):
         return Batch(self.inputs.to(device))
+
+
+class Dropping(nn.Module):
+    """A pre-norm encoder of three blocks, each dropped half of the time, over 12 made-up frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Encoder(
+            msgspec.structs.replace(TINY, conv_channels=8, layers=3, dim=16, ffn_dim=16, layer_drop=0.5)
+        )
+        for parameter in [*self.encoder.conv.parameters(), *self.encoder.projection.parameters()]:
+            parameter.requires_grad_(False)
+
+    def forward(self, batch):
+        hidden_BTD = batch.inputs.repeat(1, 32).view(len(batch.inputs), 12, 16)
+        total = self.encoder.finish(self.encoder.blocks(hidden_BTD)[-1])[..., 0].square().sum()
+        return StepLoss(total, torch.stack([total.detach().double(), torch.tensor(float(len(batch.inputs))).double()]))
 
 
 class RegressionTask:
@@ -88,6 +108,13 @@ class RegressionTask:
 
     def weights(self, values):
         return {name.removeprefix("model."): value for name, value in values.items()}
+
+
+class DroppingTask(RegressionTask):
+    def __init__(self):
+        super().__init__()
+        self.module = Dropping()
+        self.optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], lr=0.0)
 
 
 def train(folder, workers=2, steps=STEPS, factory=RegressionTask, **cluster):
@@ -143,9 +170,26 @@ def test_other_worker_counts_give_the_same_model(expected, tmp_path, workers):
     same(train(tmp_path, workers=workers, train_cpus=0.5), expected, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_other_zero_stages_give_the_same_model(expected, tmp_path, stage):
     same(train(tmp_path, zero_stage=stage), expected, tolerance=1e-4)
+
+
+def test_bf16_stays_close_and_resumes(expected, tmp_path):
+    marker = tmp_path / "died"
+    factory = partial(RegressionTask, die_at=7, marker=str(marker))
+    weights, rows = train(tmp_path, factory=factory, precision="bf16")
+    assert marker.exists()
+    np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in expected[1]], rtol=0.05)
+    for name, value in expected[0].items():
+        torch.testing.assert_close(weights[name], value, rtol=0.1, atol=0.02)
+
+
+def test_blocks_dropped_on_one_worker_only(ray_local, tmp_path):
+    """LayerDrop draws per micro-batch, so workers drop different blocks: reductions must still match, for any count."""
+    alone = train(tmp_path / "one", workers=1, factory=DroppingTask)
+    several = train(tmp_path / "three", workers=3, factory=DroppingTask, train_cpus=0.5)
+    same(several, alone, tolerance=1e-4)
 
 
 def test_a_killed_worker_goes_on_from_the_checkpoint(expected, tmp_path):
@@ -156,7 +200,7 @@ def test_a_killed_worker_goes_on_from_the_checkpoint(expected, tmp_path):
 
 
 def test_resume_at_another_worker_count_and_zero_stage(expected, tmp_path):
-    with pytest.raises(Exception, match=r"."):
+    with pytest.raises(ray.train.TrainingFailedError):
         marker = tmp_path / "died"
         train(tmp_path, factory=partial(RegressionTask, die_at=5, marker=str(marker)), max_failures=0)
     assert checkpoint.steps(Storage(str(tmp_path)), "run") == [3]
@@ -164,7 +208,7 @@ def test_resume_at_another_worker_count_and_zero_stage(expected, tmp_path):
 
 
 def test_an_unsealed_checkpoint_is_not_used(expected, tmp_path):
-    with pytest.raises(Exception, match=r"."):
+    with pytest.raises(ray.train.TrainingFailedError):
         marker = tmp_path / "died"
         train(tmp_path, factory=partial(RegressionTask, die_at=7, marker=str(marker)), max_failures=0)
     storage = Storage(str(tmp_path))

@@ -46,14 +46,20 @@ def cluster(tmp_path):
 def test_the_chain_runs_as_a_job_on_two_nodes(cluster, tmp_path):
     environment, address = cluster
     storage = tmp_path / "storage"
-    job = [sys.executable, "jobs/run_recipe.py", "--recipe", "tests/e2e/smoke.toml", "--storage", str(storage)]
-    submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT / "jobs"), "--"]
+    job = [
+        sys.executable,
+        "jobs/run_recipe.py",
+        "--recipe",
+        "tests/e2e/smoke.toml",
+        "--storage",
+        str(storage),
+    ]  # README's
+    submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
     refused = subprocess.run(
         [*submit, "true"], env={**environment, "RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, timeout=120
     )
     assert refused.returncode != 0, "a caller without the token got in"
-    entry = ["bash", "-c", f"cd {ROOT} && exec {' '.join(job)}"]
-    done = subprocess.run([*submit, *entry], env=environment, capture_output=True, text=True, timeout=840)
+    done = subprocess.run([*submit, *job], env=environment, capture_output=True, text=True, timeout=840)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     check_report(json.loads((storage / "runs/smoke/report/report.json").read_text()))
     assert (storage / "runs/smoke/report/report.html").read_text().startswith("<!doctype html>")

@@ -44,13 +44,16 @@ def test_overrides_reach_nested_settings_by_name_and_number():
     [
         ("iterations.iter1.pretrain.stepz=7", "did you mean 'steps'"),
         ("iterations.iter3.pretrain.steps=7", "there are iter1, iter2"),
-        ("iterations.iter1.pretrain.steps=many", "Expected `int`, got `str`"),
+        ("iterations.iter1.pretrain.steps=many", "iterations.iter1.pretrain.steps = .many.: expected int, got str"),
         ("iterations.iter1.pretrain.steps", "write name=value"),
         ("iterations.iter1.kmeans.clusters=100000", "between 2 and 65536"),
         ("iterations.iter1.pretrain.micro_batch_seconds=1", "one crop"),
         ("iterations.iter2.name=iter1", "different names"),
         ("name=../elsewhere", "becomes a folder"),
         ("iterations.iter1.pretrain.mask.prob=1.5", "from 0 to below 1"),
+        ("iterations.iter1.pretrain.warmup_share=7", "from 0 to below 1"),
+        ("finetune.steps=0", "finetune.steps = 0: at least 1"),
+        ("decode.beam=0", "decode.beam = 0: at least 1"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(override, message):
@@ -83,6 +86,37 @@ def test_recipe_file_changes_a_preset(tmp_path):
         load_recipe(str(file), ["corpus.train_speakers=3"])
 
 
+def test_every_field_of_a_switched_corpus_can_be_set(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('preset = "demo"\n[corpus]\nkind = "librispeech"\nname = "speech"\npath = "/data"\n')
+    recipe = load_recipe(str(file), ["corpus.shard_mib=64", "corpus.alignments=/al", 'corpus.dev_speakers=["26"]'])
+    assert recipe.corpus == LibriSpeech(
+        name="speech", path="/data", alignments="/al", dev_speakers=("26",), shard_mib=64
+    )
+
+
+def test_recognisers_can_be_turned_off_in_a_file(tmp_path):
+    file = tmp_path / "units.toml"
+    file.write_text('preset = "demo"\nfinetune = false\ndecode = false\n')
+    recipe = load_recipe(str(file), [])
+    assert (recipe.finetune, recipe.decode) == (None, None)
+    assert [s.kind for s in pipeline.unroll(recipe)].count("finetune") == 0
+
+
+def test_a_runs_recipe_json_is_a_recipe(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_bytes(msgspec.json.encode(PRESETS["demo"]))
+    assert load_recipe(str(file), []) == PRESETS["demo"]
+
+
+@pytest.mark.parametrize("text", ["[broken", "finetune = null", ""])
+def test_unusable_recipe_files_are_named(tmp_path, text):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match="bad.toml|missing required field"):
+        load_recipe(str(file), [])
+
+
 def test_unknown_recipe_suggests_a_preset():
     with pytest.raises(RecipeError, match="did you mean 'demo'"):
         load_recipe("demmo", [])
@@ -92,6 +126,8 @@ def test_cluster_settings_are_checked():
     assert load_cluster(None, ["train_workers=8", "precision=bf16"]).train_workers == 8
     with pytest.raises(RecipeError, match="did you mean 'train_workers'"):
         load_cluster(None, ["train_worker=8"])
+    with pytest.raises(RecipeError, match="train_workers = 0: at least 1"):
+        load_cluster(None, ["train_workers=0"])
     with pytest.raises(RecipeError, match="zero_stage"):
         load_cluster(None, ["zero_stage=4"])
 

@@ -133,11 +133,12 @@ def test_a_moved_speaker_that_is_not_there_is_an_error(tmp_path):
         source(tmp_path, dev_speakers=("9", "1"), test_speakers=("01",)).groups()
 
 
-def test_an_unknown_subset_is_an_error(tmp_path):
+def test_subsets_of_other_names_are_for_training(tmp_path):
     chapter(tmp_path, "train-a/1/1", 1)
-    chapter(tmp_path, "unlab-60k/2/1", 1)
-    with pytest.raises(CorpusError, match="subset 'unlab-60k' belongs to no split; names begin with train-"):
-        source(tmp_path).groups()
+    chapter(tmp_path, "medium/2/1", 1)
+    chapter(tmp_path, "dev-b/3/1", 1)
+    splits = {group.name: group.split for group in source(tmp_path).groups()}
+    assert splits == {"train-a/1/1": "train", "medium/2/1": "train", "dev-b/3/1": "dev"}
 
 
 def test_a_folder_without_the_layout_is_an_error(tmp_path):

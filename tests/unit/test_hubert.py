@@ -38,22 +38,39 @@ def test_published_parameter_counts(size, total):
         assert sum(parameter.numel() for parameter in model.encoder.position.parameters()) == 4_719_488
 
 
+def is_normal(values: torch.Tensor, std: float) -> bool:
+    """Could these be draws of N(0, std²)? Mean, spread and tails within five standard errors for their number."""
+    z = values.detach().double().flatten() / std
+    moments = {1: (0, 1), 2: (1, 2), 4: (3, 96)}  # power: (expectation, variance) of a standard normal's power
+    return all(abs(z.pow(k).mean() - mean) < 5 * (variance / len(z)) ** 0.5 for k, (mean, variance) in moments.items())
+
+
+def is_uniform(values: torch.Tensor, low: float, high: float) -> bool:
+    """Could these be draws of U[low, high)? None outside, the mean within five standard errors, no gap at the ends."""
+    u = (values.detach().double().flatten() - low) / (high - low)
+    ends = max(u.min(), 1 - u.max())  # a gap of x is as likely as exp(-n x)
+    return bool(u.min() >= 0 and u.max() <= 1 and abs(u.mean() - 0.5) < 5 / (12 * len(u)) ** 0.5 and ends < 12 / len(u))
+
+
 def test_initial_weights():
     torch.manual_seed(0)
-    encoder = Hubert(TINY, (100,)).encoder
-    block = encoder.layers[1]
-    for linear in (block.qkv, block.out, block.ffn_in, block.ffn_out):
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
-        assert not linear.bias.any()
-    position = encoder.position
-    assert position.weight_v.std().item() == pytest.approx((4 / (128 * 192)) ** 0.5, rel=0.02)
+    model = Hubert(TINY, (100,))
+    encoder, position = model.encoder, model.encoder.position
+    for block in encoder.layers:
+        for linear in (block.qkv, block.out, block.ffn_in, block.ffn_out):
+            assert is_normal(linear.weight, 0.02)
+            assert not linear.bias.any()
+    assert is_normal(position.weight_v, (4 / (TINY.position_kernel * TINY.dim)) ** 0.5)
     assert torch.allclose(position.weight(), position.weight_v, atol=1e-6)
     assert not position.bias.any()
-    assert encoder.conv.layers[2].weight.std().item() == pytest.approx((2 / (96 * 3)) ** 0.5, rel=0.05)
-    bound = 96**-0.5  # torch's default for a Linear of 96 inputs
-    assert encoder.projection.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
-    assert encoder.mask_vector.min() >= 0
-    assert 0.9 < encoder.mask_vector.max() < 1
+    for conv in encoder.conv.layers:
+        assert is_normal(conv.weight, (2 / conv.weight[0].numel()) ** 0.5)  # Kaiming: by fan-in, gain of a ReLU
+    for linear in (encoder.projection, model.head.projection):  # torch's default for a Linear
+        bound = linear.in_features**-0.5
+        assert is_uniform(linear.weight, -bound, bound)
+        assert is_uniform(linear.bias, -bound, bound)
+    for table in (encoder.mask_vector, model.head.codewords):
+        assert is_uniform(table, 0, 1)
 
 
 def test_head_is_cosine_over_temperature_per_stream():

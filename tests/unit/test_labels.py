@@ -70,13 +70,6 @@ def test_labels_are_joined_by_id_whatever_the_order_of_rows(storage, rate, order
         assert store.window(row, slice(None)).tolist() == labels_of(name, rate).tolist()
 
 
-def test_histogram_counts_the_selection_only(storage):
-    write(storage, 50, parts_of("abcde", 50))
-    histogram = LabelStore(storage, "labels", manifest_of("bd"), 50).histogram(5000)
-    expected = np.bincount(np.concatenate([labels_of("b", 50), labels_of("d", 50)]), minlength=5000)
-    assert np.array_equal(histogram, expected)
-
-
 @pytest.mark.parametrize(
     "change", [lambda labels: labels[:-1], lambda labels: np.append(labels, 1), lambda labels: labels[:0]]
 )

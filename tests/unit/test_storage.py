@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from hubert_ray.errors import StaleArtifactError, UnsealedArtifactError
+from hubert_ray.errors import StaleArtifactError, StorageError, UnsealedArtifactError
 from hubert_ray.storage import layout
 from hubert_ray.storage.artifacts import Artifact, identity_of
 from hubert_ray.storage.filesystem import Storage
@@ -98,6 +98,33 @@ def test_fingerprint_depends_on_every_part_and_not_on_key_order():
         identity_of("s", {"a": 1, "b": {"c": 2}}, {"x": "2"}),
     ):
         assert other.fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s4://x/y", "Unrecognized filesystem"),
+        ("s3://", "bucket"),
+        ("/dev/null", "is a file"),
+        ("s3://b/x?foo=1", "not a folder"),
+    ],
+)
+def test_places_that_are_none(url, message):
+    with pytest.raises(StorageError, match=message):
+        Storage(url)
+
+
+def test_a_file_is_no_place(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="is a file, not a folder"):
+        Storage(str(tmp_path / "file"))
+
+
+def test_a_damaged_seal_is_named(tmp_path):
+    made = artifact(Storage(str(tmp_path)))
+    made.storage.write(made.file(layout.SEAL), b'{"identity": ')
+    with pytest.raises(StorageError, match="_SUCCESS cannot be read"):
+        made.seal_or_none()
 
 
 def test_checkpoint_names_sort_by_step():
