@@ -25,7 +25,7 @@ from hubert_ray.storage import layout
 from hubert_ray.storage.artifacts import Artifact, Identity, Seal, identity_of
 from hubert_ray.storage.filesystem import Storage
 
-MEASURE_SECONDS = 600.0  # of train and of dev audio that measure_layers uses
+MEASURE_SECONDS = 300.0  # of train and of dev audio that measure_layers uses
 
 
 @dataclass(frozen=True)

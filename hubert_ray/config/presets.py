@@ -45,8 +45,8 @@ _DEMO_FINETUNE = Finetune(
     layer_drop=0.0,
     activation_dropout=0.0,
     clip_norm=1.0,
-    sweep=Sweep(trials=4, peak_lr=(1e-3, 4e-3), freeze_share=(0.0, 0.15), mask_prob=(0.0, 0.2)),
-    scratch_sweep=Sweep(trials=2, peak_lr=(1e-3, 4e-3), freeze_share=(0.0, 0.0), mask_prob=(0.0, 0.2)),
+    sweep=Sweep(trials=4, peak_lr=(1.5e-3, 5e-3), freeze_share=(0.0, 0.1), mask_prob=(0.0, 0.1)),
+    scratch_sweep=Sweep(trials=2, peak_lr=(1.5e-3, 5e-3), freeze_share=(0.0, 0.0), mask_prob=(0.0, 0.1)),
 )
 
 DEMO = Recipe(
