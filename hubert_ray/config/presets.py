@@ -38,9 +38,9 @@ _DEMO_KMEANS = Kmeans(clusters=100, max_iterations=15, tolerance=1e-3)
 
 _DEMO_FINETUNE = Finetune(
     label_seconds=600.0,
-    steps=180,
+    steps=140,
     batch_seconds=40.0,
-    micro_batch_seconds=40.0,
+    micro_batch_seconds=20.0,
     channel_mask_prob=0.0,
     layer_drop=0.0,
     activation_dropout=0.0,
