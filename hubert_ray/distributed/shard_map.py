@@ -2,8 +2,7 @@
 
 A worker turns one shard into one part file and a small row of facts. Parts that exist are skipped, so a killed stage goes
 on where it was; a lost actor's shard is given to another one by Ray Data. What a shard yields depends on the shard alone,
-hence the number of workers never shows in the result. Only shard names go in and only facts come out: audio and features
-never pass through the object store.
+hence the number of workers never shows in the result. Only shard names go in and only facts come out.
 """
 
 from __future__ import annotations
