@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -60,7 +61,21 @@ def shard_map(factory: Callable[[], ShardWorker], shards: list[str], cluster: Cl
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     workers = max(1, min(cluster.data_workers, len(shards)))
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    mapped = rows.map(
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # Ray has announced another way of naming the two bounds, but `map` lacks it yet
+        mapped = _map(rows, factory, workers, cluster)
+    for row in mapped.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])
+        yield msgspec.json.decode(row["facts"])
+
+
+def _map(
+    rows: ray.data.Dataset, factory: Callable[[], ShardWorker], workers: int, cluster: Cluster
+) -> ray.data.Dataset:
+    return rows.map(
         _Adapter,  # type: ignore[arg-type]  # Ray Data takes a class too; map_batches is typed so, map is not
         fn_constructor_args=(factory,),
         compute=ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
@@ -69,10 +84,6 @@ def shard_map(factory: Callable[[], ShardWorker], shards: list[str], cluster: Cl
         max_restarts=cluster.max_failures,  # of an actor; without a bound a shard that kills its worker would do so for ever
         max_task_retries=cluster.max_failures,
     )
-    for row in mapped.iter_rows():
-        if row["error"]:
-            raise pickle.loads(row["error"])
-        yield msgspec.json.decode(row["facts"])
 
 
 def user_error(error: BaseException | None) -> HubertRayError | None:
