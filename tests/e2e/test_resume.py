@@ -76,6 +76,7 @@ def storages(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed") / "s", tmp_path_factory.mktemp("killed") / "s"
 
 
+@pytest.mark.timeout(1800)  # a run, and a start per stage: ten minutes where two cores are busy
 def test_killed_in_every_stage_ends_the_same(storages):
     undisturbed, killed = storages
     run_to_the_end(undisturbed)

@@ -33,15 +33,32 @@ def cluster(tmp_path):
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": "/tmp/ray"}
     port, dashboard = free_port(), free_port()
 
-    def ray(*arguments):
-        done = subprocess.run([RAY, *arguments], env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
+    common = ("--num-cpus=2", "--object-store-memory=300000000", "--disable-usage-stats", "--node-ip-address=127.0.0.1")
+    head = (f"--port={port}", f"--dashboard-port={dashboard}")
+    nodes = []
+    try:
+        # Kept in the foreground, so that each node can be ended by itself: `ray stop` ends every Ray of the machine.
+        for role in (("--head", *head), (f"--address=127.0.0.1:{port}",)):
+            nodes.append(subprocess.Popen([RAY, "start", "--block", *role, *common], env=environment))
+            wait_for(environment, port, len(nodes))
+        yield environment, f"http://127.0.0.1:{dashboard}"
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(timeout=60)
 
-    common = ("--num-cpus=2", "--object-store-memory=300000000", "--disable-usage-stats")
-    ray("start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", *common)
-    ray("start", f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.1", *common)
-    yield environment, f"http://127.0.0.1:{dashboard}"
-    subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True, timeout=120)
+
+def wait_for(environment: dict[str, str], port: int, nodes: int) -> None:
+    """Returns when so many nodes are up."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        status = subprocess.run(
+            [RAY, "status", f"--address=127.0.0.1:{port}"], env=environment, capture_output=True, text=True, timeout=60
+        )
+        if status.stdout.count("node_") >= nodes:
+            return
+        time.sleep(1)
+    raise AssertionError(f"{nodes} nodes never came up: {status.stdout}{status.stderr}")
 
 
 def test_the_chain_runs_as_a_job_on_two_nodes(cluster, tmp_path):
