@@ -126,7 +126,7 @@ def train(folder, workers=2, steps=STEPS, factory=RegressionTask, **cluster):
     return safetensors.torch.load(storage.read(f"run/{layout.MODEL}")), rows
 
 
-def same(found, expected, tolerance=1e-6):
+def assert_same(found, expected, tolerance=1e-6):
     weights, rows = found
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for name, value in expected[0].items():
@@ -168,12 +168,12 @@ def test_the_loop_equals_plain_torch(expected):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_other_worker_counts_give_the_same_model(expected, tmp_path, workers):
     """Three micro-batches on four workers: one has only a zero-weighted repeat."""
-    same(train(tmp_path, workers=workers, train_cpus=0.5), expected, tolerance=1e-4)
+    assert_same(train(tmp_path, workers=workers, train_cpus=0.5), expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_other_zero_stages_give_the_same_model(expected, tmp_path, stage):
-    same(train(tmp_path, zero_stage=stage), expected, tolerance=1e-4)
+    assert_same(train(tmp_path, zero_stage=stage), expected, tolerance=1e-4)
 
 
 def test_bf16_stays_close_and_resumes(expected, tmp_path):
@@ -194,14 +194,14 @@ def test_blocks_dropped_on_one_worker_only(ray_local, tmp_path):
     for weights, _ in (several, alone):
         for name in [n for n in weights if n.endswith("qkv.bias")]:
             del weights[name]  # the gradient of a key bias is zero but for rounding, which Adam blows up to full steps
-    same(several, alone, tolerance=1e-3)
+    assert_same(several, alone, tolerance=1e-3)
 
 
 def test_a_killed_worker_goes_on_from_the_checkpoint(expected, tmp_path):
     marker = tmp_path / "died"
     found = train(tmp_path, factory=partial(RegressionTask, die_at=7, marker=str(marker)))
     assert marker.exists()
-    same(found, expected)
+    assert_same(found, expected)
 
 
 def test_resume_at_another_worker_count_and_zero_stage(expected, tmp_path):
@@ -209,7 +209,7 @@ def test_resume_at_another_worker_count_and_zero_stage(expected, tmp_path):
         marker = tmp_path / "died"
         train(tmp_path, factory=partial(RegressionTask, die_at=5, marker=str(marker)), max_failures=0)
     assert checkpoint.steps(Storage(str(tmp_path)), "run") == [3]
-    same(train(tmp_path, workers=1, zero_stage=2), expected, tolerance=1e-4)
+    assert_same(train(tmp_path, workers=1, zero_stage=2), expected, tolerance=1e-4)
 
 
 def test_an_unsealed_checkpoint_is_not_used(expected, tmp_path):
@@ -220,7 +220,7 @@ def test_an_unsealed_checkpoint_is_not_used(expected, tmp_path):
     assert checkpoint.steps(storage, "run") == [3, 6]
     storage.delete(f"run/{layout.checkpoint(6)}/{layout.SEAL}")
     storage.write(f"run/{layout.checkpoint(6)}/part-00000.safetensors", b"rubbish")
-    same(train(tmp_path), expected)
+    assert_same(train(tmp_path), expected)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(ray_local, tmp_path):
