@@ -23,7 +23,7 @@ from hubert_ray.config.sizes import BASE, LARGE, TINY, XLARGE
 # settings: unmasked frames count too (the paper's alpha = 2/3; with alpha = 1 nothing is learned in the first 450 steps,
 # RESULTS.md), batches are 16 s, and crops are 2 s.
 _DEMO_PRETRAIN = Pretrain(
-    steps=600,
+    steps=500,
     peak_lr=2e-3,
     batch_seconds=16.0,
     micro_batch_seconds=8.0,
