@@ -38,8 +38,10 @@ def cluster(tmp_path):
     nodes = []
     try:
         # Kept in the foreground, so that each node can be ended by itself: `ray stop` ends every Ray of the machine.
+        # Each job agent on a port of its own: the one that all would take may belong to the Ray of another test.
         for role in (("--head", *head), (f"--address=127.0.0.1:{port}",)):
-            nodes.append(subprocess.Popen([RAY, "start", "--block", *role, *common], env=environment))
+            agent = f"--dashboard-agent-listen-port={free_port()}"
+            nodes.append(subprocess.Popen([RAY, "start", "--block", *role, agent, *common], env=environment))
             wait_for(environment, port, len(nodes))
         yield environment, f"http://127.0.0.1:{dashboard}"
     finally:
