@@ -1,4 +1,4 @@
-"""What can be typed? hubert-ray plan | run | <stage> | show | presets | remove.
+"""What can be typed? hubert-ray plan | run | <stage> | show | presets | remove | import | export.
 
     hubert-ray run --recipe demo --storage ./runs
     hubert-ray plan --recipe mine.toml --set iterations.iter1.pretrain.steps=2000
@@ -67,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--of", metavar="NAME", help="iteration (iter1), or pretrained | scratch for finetune")
     presets = commands.add_parser("presets", help="list the recipes that come with hubert_ray")
     presets.set_defaults(command=_presets)
+    take = commands.add_parser("import", help="put a model of fairseq, s3prl, Hugging Face or torchaudio into storage")
+    take.add_argument("model", help="file, folder, s3://… or gs://… URL")
+    take.add_argument("name", help="<run>/<iteration> under which recipes name it as a teacher, such as public/base")
+    take.add_argument("--storage", default="storage", help="folder or URL (default: ./storage)")
+    take.set_defaults(command=_import)
+    export = commands.add_parser("export", help="write a model for another tool")
+    export.add_argument("model", help="a training stage's folder, such as storage/runs/demo/iter2/pretrain, or a URL")
+    export.add_argument("format", choices=("hugging_face", "fairseq", "s3prl", "torchaudio", "hubert_ray"))
+    export.add_argument("folder", help="where to write it")
+    export.set_defaults(command=_export)
     remove = commands.add_parser("remove", help="delete an artifact, a run or a corpus from storage")
     remove.add_argument("path", help="as messages name it, such as runs/demo/iter2 or corpora/embedded")
     remove.add_argument("--storage", default="storage", help="folder or URL (default: ./storage)")
@@ -163,6 +173,22 @@ def _presets(_: argparse.Namespace) -> None:
             for iteration in recipe.iterations
         )
         print(f"{name:22} {recipe.corpus.name}: {teachers}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from hubert_ray.speech_model import load
+
+    run, _, iteration = options.name.partition("/")
+    if not run or not iteration or "/" in iteration or ".." in (run, iteration):
+        raise RecipeError(f"'{options.name}': give a name of the form <run>/<iteration>, such as public/base")
+    print(load(options.model).store(Storage(options.storage), options.name))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from hubert_ray.speech_model import load
+
+    for file in load(options.model).save(options.format, options.folder):
+        print(file)
 
 
 def _remove(options: argparse.Namespace) -> None:

@@ -120,7 +120,7 @@ def _recogniser_stages(recipe: Recipe) -> list[Stage]:
 def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
     """Every stage with its identity and state. Raises StaleArtifactError where storage holds another recipe's work."""
     artifacts: dict[str, Artifact] = {}
-    planned = []
+    planned: list[Planned] = []
     for stage in unroll(recipe):
         inputs = {role: artifacts.get(name) or _elsewhere(storage, name) for role, name in stage.inputs.items()}
         fingerprints = {role: artifact.identity.fingerprint for role, artifact in inputs.items()}

@@ -26,11 +26,13 @@ FLOORS = {
     "data": {"config", "storage", "errors"},
     "model": {"data", "config", "errors"},
     "units": {"model", "data", "storage", "config", "errors"},
+    "formats": {"model", "data", "storage", "config", "errors"},
     "asr": {"model", "data", "storage", "config", "errors"},
     "distributed": {"units", "asr", "model", "data", "storage", "config", "errors"},
-    "stages": {"distributed", "units", "asr", "model", "data", "storage", "config", "errors", "machine"},
+    "stages": {"distributed", "formats", "units", "asr", "model", "data", "storage", "config", "errors", "machine"},
     "pipeline": {"stages", "storage", "config", "errors", "machine"},
-    "cli": {"pipeline", "distributed", "storage", "config", "errors"},
+    "speech_model": {"formats", "asr", "model", "data", "storage", "config", "errors"},
+    "cli": {"pipeline", "distributed", "speech_model", "formats", "storage", "config", "errors"},
 }
 # model/ and units/ read only these of data/: no file of theirs opens a corpus
 MODEL_MAY_READ = {"hubert_ray.data.frames"}

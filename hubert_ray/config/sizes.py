@@ -16,6 +16,7 @@ class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     conv_channels: int = 512  # conv_feature_layers, channels of each of the 7 layers
     conv_norm: Literal["group", "layer"]  # extractor_mode: default (GroupNorm after conv 0) | layer_norm (after each)
+    conv_bias: bool = False  # conv_bias: none in the paper's models; foreign ones have it
     layers: int  # encoder_layers
     dim: int  # encoder_embed_dim
     ffn_dim: int  # encoder_ffn_embed_dim

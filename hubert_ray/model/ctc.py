@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hubert_ray.config.recipe import Finetune
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.frames import RECEPTIVE_FIELD, STRIDE
-from hubert_ray.model.hubert import Encoder, Hubert, valid_frame_counts
+from hubert_ray.model.hubert import Encoder, valid_frame_counts
 
 LETTERS = 29  # 26 letters, apostrophe, word boundary, and the blank, which is 0
 
@@ -53,10 +53,10 @@ class HubertCtc(nn.Module):
             self.encoder.conv.requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, hubert: Hubert, settings: Finetune | None = None, letters: int = LETTERS) -> HubertCtc:
-        """A recogniser with a copy of the pretrained encoder; codewords and their projection are left behind."""
-        model = cls(hubert.size, letters, settings)
-        model.encoder.load_state_dict(hubert.encoder.state_dict())
+    def from_pretrained(cls, encoder: Encoder, settings: Finetune | None = None, letters: int = LETTERS) -> HubertCtc:
+        """A recogniser with a copy of the pretrained encoder."""
+        model = cls(encoder.size, letters, settings)
+        model.encoder.load_state_dict(encoder.state_dict())
         return model
 
     def set_step(self, step: int, freeze_steps: int) -> None:

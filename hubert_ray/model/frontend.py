@@ -1,7 +1,7 @@
 """How does a waveform become frames, and how do frames learn their position? The two convolutions of HuBERT.
 
-`ConvEncoder`: 7 convs without bias, 320 samples to a frame, GELU; GroupNorm (one group per channel, over time) after
-the first (Base) or LayerNorm over channels after each (Large, X-Large).
+`ConvEncoder`: 7 convs, without bias but in some foreign models, 320 samples to a frame, GELU; GroupNorm (one group per
+channel, over time) after the first (Base) or LayerNorm over channels after each (Large, X-Large).
 `PositionalConv`: 128 taps, 16 groups, weight norm.
 Everything is channels-last, so that norms and matrix products read memory in order. On CPUs, where torch's convolutions
 run at half the speed of its matrix products, the strided convs are matrix products and the positional conv is an FFT.
@@ -26,15 +26,16 @@ Norm = Literal["group", "layer"]
 
 
 class ConvLayer(nn.Module):
-    """Conv without bias -> norm over time, over channels, or none -> GELU."""
+    """Conv -> norm over time, over channels, or none -> GELU. A norm over time leaves nothing of a bias before it."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm | None) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, norm: Norm | None, bias: bool) -> None:
         super().__init__()
         self.kernel = kernel
         self.stride = stride
         self.norm = norm
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel))
         nn.init.kaiming_normal_(self.weight)
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias and norm != "group" else None
         if norm is not None:
             self.norm_weight = nn.Parameter(torch.ones(outputs))
             self.norm_bias = nn.Parameter(torch.zeros(outputs))
@@ -47,6 +48,8 @@ class ConvLayer(nn.Module):
             hidden_BTC = _windows(input_BTC.squeeze(2), self.kernel, self.stride) @ self.weight.squeeze(1).T
         else:
             hidden_BTC = strided_conv(input_BTC, self.weight, self.stride)
+        if self.bias is not None:
+            hidden_BTC = hidden_BTC + self.bias
         if self.norm == "layer":
             hidden_BTC = F.layer_norm(hidden_BTC, hidden_BTC.shape[2:], self.norm_weight, self.norm_bias, NORM_EPS)
         return F.gelu(hidden_BTC)
@@ -72,13 +75,13 @@ class ConvLayer(nn.Module):
 class ConvEncoder(nn.Module):
     """wave_BS -> conv_BTC, 7 layers."""
 
-    def __init__(self, channels: int, norm: Norm) -> None:
+    def __init__(self, channels: int, norm: Norm, bias: bool) -> None:
         super().__init__()
         later: Norm | None = "layer" if norm == "layer" else None
         norms = [norm] + [later] * 6
         inputs = [1] + [channels] * 6
         self.layers = nn.ModuleList(
-            ConvLayer(inputs[i], channels, CONV_KERNELS[i], CONV_STRIDES[i], norms[i]) for i in range(7)
+            ConvLayer(inputs[i], channels, CONV_KERNELS[i], CONV_STRIDES[i], norms[i], bias) for i in range(7)
         )
 
     def forward(self, wave_BS: Tensor, samples_B: Tensor | None = None) -> Tensor:

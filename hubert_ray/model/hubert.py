@@ -86,7 +86,7 @@ class Encoder(nn.Module):
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
         self.size = size
-        self.conv = ConvEncoder(size.conv_channels, size.conv_norm)
+        self.conv = ConvEncoder(size.conv_channels, size.conv_norm, size.conv_bias)
         self.projection_norm = nn.LayerNorm(size.conv_channels)
         self.projection = nn.Linear(size.conv_channels, size.dim)
         self.mask_vector = nn.Parameter(torch.rand(size.dim))
@@ -170,6 +170,30 @@ class Encoder(nn.Module):
         """The encoder output from the last block's: pre-norm sizes end in a LayerNorm."""
         return self.norm(hidden_BTD) if self.size.norm_first else hidden_BTD
 
+    @torch.no_grad()
+    def features(self, wave_BS: Tensor, layer: int | None = None, samples_B: Tensor | None = None) -> Tensor:
+        """hidden_BTD after block `layer` (1-based, raw residual stream); 0 = input of block 1; None = encoder output.
+
+        `samples_B` are the valid samples of a padded batch; frames past `frames_of(samples)` of a row are garbage.
+        """
+        layers = self.size.layers if layer is None else layer
+        if not 0 <= layers <= self.size.layers:
+            raise InputError(f"layer: found {layer}, expected 0 to {self.size.layers}, or None for the encoder output")
+        hidden_BTD = self._layers(wave_BS, samples_B, layers)[-1]
+        return self.finish(hidden_BTD) if layer is None else hidden_BTD
+
+    @torch.no_grad()
+    def all_layers(self, wave_BS: Tensor, samples_B: Tensor | None = None) -> list[Tensor]:
+        """hidden_BTD of `features(layer=0)` to `features(layer=L)`, from one pass."""
+        return self._layers(wave_BS, samples_B, self.size.layers)
+
+    def _layers(self, wave_BS: Tensor, samples_B: Tensor | None, layers: int) -> list[Tensor]:
+        if self.training:
+            raise InputError("features are taken without dropout: found a model in train mode, call model.eval() first")
+        frames_B = valid_frame_counts(samples_B, wave_BS)
+        conv_BTC = self.conv_features(wave_BS, samples_B if frames_B is not None else None)
+        return self.blocks(self.embed(conv_BTC, frames_B), frames_B, [True] * layers)
+
 
 class PredictionHead(nn.Module):
     """Cosine similarity to a table of codewords, per label stream (HuBERT eq. 3). Streams share the encoder only."""
@@ -214,30 +238,6 @@ class Hubert(nn.Module):
         penalty = conv_BTC.float().square().mean()
         hidden_BTD = self.encoder.blocks(self.encoder.embed(conv_BTC, mask_BT=mask_BT), kept_layers=kept_layers)[-1]
         return PretrainOutput(self.encoder.finish(hidden_BTD), penalty)
-
-    @torch.no_grad()
-    def features(self, wave_BS: Tensor, layer: int | None = None, samples_B: Tensor | None = None) -> Tensor:
-        """hidden_BTD after block `layer` (1-based, raw residual stream); 0 = input of block 1; None = encoder output.
-
-        `samples_B` are the valid samples of a padded batch; frames past `frames_of(samples)` of a row are garbage.
-        """
-        layers = self.size.layers if layer is None else layer
-        if not 0 <= layers <= self.size.layers:
-            raise InputError(f"layer: found {layer}, expected 0 to {self.size.layers}, or None for the encoder output")
-        hidden_BTD = self._layers(wave_BS, samples_B, layers)[-1]
-        return self.encoder.finish(hidden_BTD) if layer is None else hidden_BTD
-
-    @torch.no_grad()
-    def all_layers(self, wave_BS: Tensor, samples_B: Tensor | None = None) -> list[Tensor]:
-        """hidden_BTD of `features(layer=0)` to `features(layer=L)`, from one pass."""
-        return self._layers(wave_BS, samples_B, self.size.layers)
-
-    def _layers(self, wave_BS: Tensor, samples_B: Tensor | None, layers: int) -> list[Tensor]:
-        if self.training:
-            raise InputError("features are taken without dropout: found a model in train mode, call model.eval() first")
-        frames_B = valid_frame_counts(samples_B, wave_BS)
-        conv_BTC = self.encoder.conv_features(wave_BS, samples_B if frames_B is not None else None)
-        return self.encoder.blocks(self.encoder.embed(conv_BTC, frames_B), frames_B, [True] * layers)
 
 
 def valid_frame_counts(samples_B: Tensor | None, wave_BS: Tensor) -> Tensor | None:

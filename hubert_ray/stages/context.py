@@ -10,10 +10,10 @@ import torch
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Mfcc, Recipe, Teacher
-from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.shards import Manifest
+from hubert_ray.formats.native import ModelCard
 from hubert_ray.model.ctc import HubertCtc
-from hubert_ray.model.hubert import Hubert
+from hubert_ray.model.hubert import Encoder
 from hubert_ray.storage import layout
 from hubert_ray.storage.artifacts import Artifact
 from hubert_ray.storage.filesystem import Storage
@@ -38,17 +38,9 @@ class Work:
         return Manifest.read(self.storage, self.inputs["corpus"].path)
 
 
-class ModelCard(msgspec.Struct, frozen=True):
-    """`model.json` beside `model.safetensors`: what is needed to build the network again."""
-
-    kind: str  # "hubert" | "ctc"
-    size: ModelSize
-    classes: tuple[int, ...] = ()  # clusters per label stream; empty for ctc
-
-
 @dataclass(frozen=True)
 class ModelAt:
-    """A model on storage, named so that any worker can load it; None as path stands for random weights."""
+    """A model on storage, named so that any worker can load it."""
 
     storage: Storage
     path: str
@@ -56,18 +48,17 @@ class ModelAt:
     def card(self) -> ModelCard:
         return msgspec.json.decode(self.storage.read(f"{self.path}/{layout.MODEL_CONFIG}"), type=ModelCard)
 
-    def hubert(self) -> Hubert:
-        """The pretrained model, in eval mode."""
-        card = self.card()
-        model = Hubert(card.size, card.classes)
-        model.load_state_dict(self._weights())
-        return model.eval().to(_device())
+    def encoder(self) -> Encoder:
+        """The body of whichever kind of model, in eval mode."""
+        encoder = Encoder(self.card().size)
+        body = {name.removeprefix("encoder."): w for name, w in self._weights().items() if name.startswith("encoder.")}
+        encoder.load_state_dict(body)
+        return encoder.eval().to(_device())
 
-    def untrained(self, seed: int) -> Hubert:
-        """A model of the same shape with random weights, in eval mode."""
+    def untrained(self, seed: int) -> Encoder:
+        """A body of the same shape with random weights, in eval mode."""
         torch.manual_seed(seed)
-        card = self.card()
-        return Hubert(card.size, card.classes).eval().to(_device())
+        return Encoder(self.card().size).eval().to(_device())
 
     def ctc(self) -> HubertCtc:
         """The recogniser, in eval mode."""
@@ -99,8 +90,7 @@ class TeacherAt:
         if isinstance(self.teacher, Mfcc):
             return MfccExtractor()
         assert self.model is not None
-        hubert = self.model.hubert()
-        return LayerExtractor(hubert, self.teacher.layer, hubert.size.normalize_waveform)
+        return LayerExtractor(self.model.encoder(), self.teacher.layer)
 
 
 def teacher_at(work: Work, teacher: Teacher) -> TeacherAt:

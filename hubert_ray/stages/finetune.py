@@ -28,11 +28,12 @@ from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.sweep import Trial, TrialResult, run_trials
 from hubert_ray.distributed.train_loop import StepLoss, TrainJob
 from hubert_ray.errors import TrainingError
+from hubert_ray.formats.native import ModelCard
 from hubert_ray.model.ctc import HubertCtc
 from hubert_ray.model.loss import ctc_loss_sum
 from hubert_ray.model.masking import FinetuneMask, finetune_mask
 from hubert_ray.model.optim import adamw, tri_stage_lr
-from hubert_ray.stages.context import ModelAt, ModelCard, Work, model_at
+from hubert_ray.stages.context import ModelAt, Work, model_at
 from hubert_ray.storage import layout
 
 TRIALS = "trials.json"
@@ -97,7 +98,7 @@ class CtcTask:
         self._dev = UtteranceReader(AudioReader(model.storage, corpus), dev, card.size.normalize_waveform)
         self._dev_order = np.argsort(dev.numbers("samples"), kind="stable").tolist()
         if start == "pretrained":
-            network = HubertCtc.from_pretrained(model.hubert(), settings)
+            network = HubertCtc.from_pretrained(model.encoder(), settings)
         else:
             network = HubertCtc(card.size, settings=settings, train_conv=True)
         self._width = card.size.dim
@@ -189,7 +190,7 @@ def finetune(work: Work, start: Start, settings: Finetune, sweep: Sweep) -> dict
     best = min(finished, key=lambda row: (row["dev_wer"], row["id"]))
     weights = work.storage.read(work.output.file(f"trials/{best['id']}/{layout.MODEL}"))
     work.storage.write(work.output.file(layout.MODEL), weights)
-    work.output.write_json(layout.MODEL_CONFIG, ModelCard("ctc", model.card().size))
+    work.output.write_json(layout.MODEL_CONFIG, ModelCard("ctc", model.card().size, alphabet=letters.ALPHABET))
     work.output.write_json(TRIALS, {"trials": rows, "best": best})
     return {"trials": len(rows), "dev_wer": best["dev_wer"], "best": best["id"]}
 

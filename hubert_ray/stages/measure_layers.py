@@ -42,8 +42,8 @@ class _LayerScore:
 
     def __call__(self, key: str) -> dict[str, Any]:
         kind, layer = key.split("/")
-        hubert = self._model.hubert() if kind == "trained" else self._model.untrained(SEED)
-        extract = LayerExtractor(hubert, int(layer), hubert.size.normalize_waveform)
+        encoder = self._model.encoder() if kind == "trained" else self._model.untrained(SEED)
+        extract = LayerExtractor(encoder, int(layer))
         centroids_KD = _fit(np.concatenate(extract(self._fit_on)), self._clusters)
         counts = PhoneCounts(self._clusters)
         for frames_FD, phones in zip(extract(self._waves), self._phones, strict=True):

@@ -23,11 +23,12 @@ from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed import telemetry
 from hubert_ray.distributed.train_loop import StepLoss, TrainJob, fit
+from hubert_ray.formats.native import ModelCard
 from hubert_ray.model.hubert import Hubert
 from hubert_ray.model.loss import pretrain_loss
 from hubert_ray.model.masking import batch_mask, masked_count
 from hubert_ray.model.optim import adamw, polynomial_lr
-from hubert_ray.stages.context import ModelCard, Work
+from hubert_ray.stages.context import Work
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
@@ -136,7 +137,7 @@ def pretrain(work: Work, model: ModelSize, classes: int, frame_rate_hz: int, set
         checkpoint_steps=settings.checkpoint_steps,
         log_steps=settings.log_steps,
     )
-    work.output.write_json(layout.MODEL_CONFIG, ModelCard("hubert", model, (classes,)))
+    work.output.write_json(layout.MODEL_CONFIG, ModelCard("hubert", model, (tuple(map(str, range(classes))),)))
     fit(job, work.cluster, work.cluster.train_workers)
     return summary(telemetry.read(work.storage, work.output.path), model, classes, settings)
 

@@ -19,7 +19,7 @@ import torchaudio.functional
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.collate import pad
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of
-from hubert_ray.model.hubert import Hubert
+from hubert_ray.model.hubert import Encoder
 
 
 class FeatureExtractor(Protocol):
@@ -59,21 +59,20 @@ class LayerExtractor:
 
     frame_rate_hz = 50
 
-    def __init__(self, model: Hubert, layer: int, normalize: bool, batch_seconds: float = 60.0):
-        self._model = model.eval()
-        self._device = next(model.parameters()).device
+    def __init__(self, encoder: Encoder, layer: int, batch_seconds: float = 60.0):
+        self._encoder = encoder.eval()
+        self._device = next(encoder.parameters()).device
         self._layer = layer
-        self._normalize = normalize
         self._batch_samples = int(batch_seconds * SAMPLE_RATE)
-        self.dim = model.size.dim
+        self.dim = encoder.size.dim
 
     @torch.inference_mode()
     def __call__(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        waves = [normalise(wave_S) for wave_S in waves] if self._normalize else waves
+        waves = [normalise(wave_S) for wave_S in waves] if self._encoder.size.normalize_waveform else waves
         results: list[np.ndarray] = [np.empty(0)] * len(waves)
         for chosen in _batches([len(wave_S) for wave_S in waves], self._batch_samples):
             batch = pad([waves[i] for i in chosen])
-            hidden_BTD = self._model.features(batch.wave_BS.to(self._device), self._layer, batch.samples_B)
+            hidden_BTD = self._encoder.features(batch.wave_BS.to(self._device), self._layer, batch.samples_B)
             for row, i in enumerate(chosen):
                 results[i] = hidden_BTD[row, : frames_of(len(waves[i]))].float().cpu().numpy()
         return results

@@ -20,8 +20,8 @@ def test_layers_equal_those_of_the_cpu():
     model = Hubert(TINY, (50,)).eval()
     wave_BS = torch.randn(3, 31_760) * 0.1
     samples_B = torch.tensor([31_760, 20_000, 5_000])
-    on_cpu = model.all_layers(wave_BS, samples_B)
-    on_gpu = model.cuda().all_layers(wave_BS.cuda(), samples_B)
+    on_cpu = model.encoder.all_layers(wave_BS, samples_B)
+    on_gpu = model.cuda().encoder.all_layers(wave_BS.cuda(), samples_B)
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         torch.testing.assert_close(gpu[0].cpu(), cpu[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(gpu[2, :15].cpu(), cpu[2, :15], rtol=1e-3, atol=1e-3)

@@ -1,138 +1,173 @@
-"""Do the same weights give the same layer outputs as torchaudio's and transformers' HuBERT, at every size and layer?"""
+"""Do the same weights give the same layer outputs as torchaudio's and transformers' HuBERT, at every size and layer?
+
+Weights go through files each way: ours written and opened by the library itself, the library's own written by it and
+opened by us.
+"""
+
+import json
 
 import msgspec
 import pytest
 import torch
 
+import hubert_ray
 from hubert_ray.config.sizes import BASE, LARGE, TINY, XLARGE, ModelSize
-from hubert_ray.model import interop
+from hubert_ray.formats.checkpoint import Checkpoint
 from hubert_ray.model.hubert import Hubert
+from hubert_ray.speech_model import SpeechModel
 
 TOLERANCE = 1e-5
-WAVE_SAMPLES = 16_000
 CASES = {
-    "base": msgspec.structs.replace(BASE),
+    "base": BASE,
     "large-6-layers": msgspec.structs.replace(LARGE, layers=6),
     "xlarge-2-layers": msgspec.structs.replace(XLARGE, layers=2),
+    "large-2-layers-conv-bias": msgspec.structs.replace(LARGE, layers=2, conv_bias=True),
+    "base-2-layers-conv-bias": msgspec.structs.replace(BASE, layers=2, conv_bias=True),
     "tiny": TINY,
     "tiny-post-norm": msgspec.structs.replace(TINY, norm_first=False),
 }
+SMALL = ("tiny", "tiny-post-norm", "large-2-layers-conv-bias", "base-2-layers-conv-bias")
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
-def hubert(request) -> Hubert:
+def checkpoint_of(size: ModelSize) -> Checkpoint:
+    """Random weights away from the initial values, at which a forgotten bias or gain would not show."""
     torch.manual_seed(0)
-    model = Hubert(request.param, (100,)).eval()
-    with torch.no_grad():  # away from the initial values, at which a forgotten bias or gain would not show
-        for name, parameter in model.encoder.named_parameters():
+    hubert = Hubert(size, (104,))
+    with torch.no_grad():
+        for name, parameter in hubert.encoder.named_parameters():
             if "norm" in name or name.endswith(("bias", "weight_g")):
                 parameter.add_(0.1 * torch.randn_like(parameter) * parameter.abs().mean().clamp(min=0.1))
-    return model
+    names = ("<s>", "<pad>", "</s>", "<unk>", *map(str, range(100)))
+    return Checkpoint(size, hubert.encoder.state_dict(), hubert.head.state_dict(), (names,))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def ours(request) -> SpeechModel:
+    return SpeechModel(checkpoint_of(CASES[request.param]))
 
 
 @pytest.fixture(scope="module")
-def wave_BS() -> torch.Tensor:
-    return torch.randn(2, WAVE_SAMPLES, generator=torch.Generator().manual_seed(1)) * 0.1
+def wave_S() -> torch.Tensor:
+    return torch.randn(16_000, generator=torch.Generator().manual_seed(1)) * 0.1
 
 
-def torchaudio_model(size: ModelSize):
+def torchaudio_model(folder):
+    """As a user of torchaudio opens what we exported."""
     from torchaudio.models import wav2vec2_model
 
-    return wav2vec2_model(
-        extractor_mode="group_norm" if size.conv_norm == "group" else "layer_norm",
-        extractor_conv_layer_config=[(size.conv_channels, k, s) for k, s in [(10, 5)] + [(3, 2)] * 4 + [(2, 2)] * 2],
-        extractor_conv_bias=False,
-        encoder_embed_dim=size.dim,
-        encoder_projection_dropout=0.0,
-        encoder_pos_conv_kernel=size.position_kernel,
-        encoder_pos_conv_groups=size.position_groups,
-        encoder_num_layers=size.layers,
-        encoder_num_heads=size.heads,
-        encoder_attention_dropout=0.0,
-        encoder_ff_interm_features=size.ffn_dim,
-        encoder_ff_interm_dropout=0.0,
-        encoder_dropout=0.0,
-        encoder_layer_norm_first=size.norm_first,
-        encoder_layer_drop=0.0,
-        aux_num_out=None,
-    ).eval()  # fmt: skip
+    model = wav2vec2_model(**json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    return model.eval()
 
 
-def hugging_face_model(size: ModelSize):
-    from transformers import HubertConfig, HubertModel
-
-    config = HubertConfig(
-        hidden_size=size.dim,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=size.ffn_dim,
-        conv_dim=[size.conv_channels] * 7,
-        conv_bias=False,
-        feat_extract_norm=size.conv_norm,
-        do_stable_layer_norm=size.norm_first,
-        num_conv_pos_embeddings=size.position_kernel,
-        num_conv_pos_embedding_groups=size.position_groups,
-        feat_proj_layer_norm=True,
-    )
-    return HubertModel(config).eval()
-
-
-def weight_norm_of(model: torch.nn.Module) -> interop.WeightNorm:
-    return "parametrized" if any("parametrizations" in name for name in model.state_dict()) else "legacy"
+def prepared(model: SpeechModel, wave_S: torch.Tensor) -> torch.Tensor:
+    """What the foreign models want to be given: they leave normalising to the caller."""
+    return model._prepared(wave_S)
 
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     """Absolute up to 1, relative above: the residual stream of pre-norm sizes grows."""
     assert len(ours) == len(theirs)
-    for layer, (mine, foreign) in enumerate(zip(ours, theirs, strict=True)):
-        error = (mine - foreign).abs().max().item() / max(1.0, foreign.abs().max().item())
+    for layer, (mine_TD, foreign_1TD) in enumerate(zip(ours, theirs, strict=True)):
+        error = (mine_TD - foreign_1TD[0]).abs().max().item() / max(1.0, foreign_1TD.abs().max().item())
         assert error <= TOLERANCE, f"layer {layer}: largest difference {error:.2e}"
 
 
-def test_torchaudio(hubert, wave_BS):
-    theirs = torchaudio_model(hubert.size)
-    theirs.load_state_dict(interop.to_torchaudio(hubert.encoder.state_dict(), weight_norm_of(theirs)))
+def test_torchaudio(ours, wave_S, tmp_path):
+    ours.save("torchaudio", tmp_path)
+    theirs = torchaudio_model(tmp_path)
+    wave_1S = prepared(ours, wave_S)
     with torch.no_grad():
-        foreign, _ = theirs.extract_features(wave_BS)
-    assert_same(hubert.all_layers(wave_BS)[1:], foreign)
+        foreign, _ = theirs.extract_features(wave_1S)
+        assert_same(ours.extract_all(wave_S)[1:], foreign)
+        assert_same([ours.extract(wave_S)], [theirs(wave_1S)[0]])
+
+
+def test_transformers(ours, wave_S, tmp_path):
+    from transformers import AutoFeatureExtractor, HubertModel
+
+    ours.save("hugging_face", tmp_path)
+    theirs, loading = HubertModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    processor = AutoFeatureExtractor.from_pretrained(tmp_path)
+    given = processor(wave_S.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
     with torch.no_grad():
-        assert_same([hubert.features(wave_BS)], [theirs(wave_BS)[0]])
+        foreign = theirs.eval()(given, output_hidden_states=True)
+    # Versions differ on a final norm in the last entry of pre-norm models.
+    raw = slice(None, -1) if ours.size.norm_first else slice(None)
+    assert_same(ours.extract_all(wave_S)[raw], list(foreign.hidden_states)[raw])
+    assert_same([ours.extract(wave_S)], [foreign.last_hidden_state])
 
 
-def test_transformers(hubert, wave_BS):
-    theirs = hugging_face_model(hubert.size)
-    theirs.load_state_dict(interop.to_hugging_face(hubert.encoder.state_dict(), weight_norm_of(theirs)))
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("kind", ["HubertModel", "Wav2Vec2Model", "HubertForCTC", "Wav2Vec2ForPreTraining"])
+def test_a_folder_written_by_transformers(kind, name, wave_S, tmp_path):
+    import transformers
+
+    size = CASES[name]
+    config = getattr(transformers, "HubertConfig" if kind.startswith("Hubert") else "Wav2Vec2Config")(
+        hidden_size=size.dim,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=size.ffn_dim,
+        conv_dim=[size.conv_channels] * 7,
+        conv_bias=size.conv_bias,
+        feat_extract_norm=size.conv_norm,
+        do_stable_layer_norm=size.norm_first,
+        num_codevectors_per_group=8,
+        codevector_dim=16,
+        proj_codevector_dim=16,
+    )
+    torch.manual_seed(2)
+    theirs = getattr(transformers, kind)(config).eval()
     with torch.no_grad():
-        foreign = theirs(wave_BS, output_hidden_states=True)
-    ours = hubert.all_layers(wave_BS)
-    raw = (
-        slice(None, -1) if hubert.size.norm_first else slice(None)
-    )  # versions differ on a final norm in the last entry
-    assert_same(ours[raw], list(foreign.hidden_states)[raw])
-    assert_same([hubert.features(wave_BS)], [foreign.last_hidden_state])
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", "|", "'", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    (tmp_path / "vocab.json").write_text(json.dumps({symbol: row for row, symbol in enumerate(symbols)}))
+    ours = hubert_ray.load(tmp_path)
+    assert (ours.size.layers, ours.size.heads, ours.size.norm_first) == (size.layers, size.heads, size.norm_first)
+    wave_1S = prepared(ours, wave_S)
+    with torch.no_grad():
+        body = getattr(theirs, theirs.base_model_prefix, theirs)
+        assert_same([ours.extract(wave_S)], [body(wave_1S).last_hidden_state])
+        if kind == "HubertForCTC":
+            scores_1TV = theirs(wave_1S).logits
+            rows = [0, 4, 5, *range(6, 32)]
+            log_probs_1TV, _ = ours.recogniser()(wave_1S, torch.tensor([len(wave_S)]))
+            assert_same([log_probs_1TV[0]], [scores_1TV[..., rows].log_softmax(2)])
 
 
-@pytest.mark.parametrize("weight_norm", ["parametrized", "legacy"])
-@pytest.mark.parametrize("library", ["hugging_face", "torchaudio"])
-def test_there_and_back(library, weight_norm):
-    state = Hubert(TINY, (100,)).encoder.state_dict()
-    out, back = (getattr(interop, f"{way}_{library}") for way in ("to", "from"))
-    returned = back(out(state, weight_norm))
-    assert returned.keys() == state.keys()
-    for name in state.keys() - ({"mask_vector"} if library == "torchaudio" else set()):
-        assert torch.equal(returned[name], state[name]), name
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_written_from_torchaudio(wrapped, wave_S, tmp_path):
+    import torchaudio
+
+    torch.manual_seed(3)
+    pretraining = torchaudio.models.hubert_pretrain_base(num_classes=100).eval()
+    torch.save((pretraining if wrapped else pretraining.wav2vec2).state_dict(), tmp_path / "weights.pt")
+    ours = hubert_ray.load(tmp_path / "weights.pt")
+    with torch.no_grad():
+        assert_same([ours.extract(wave_S)], [pretraining.wav2vec2(wave_S[None])[0]])
+    vector = ours.checkpoint.encoder["mask_vector"]
+    assert torch.equal(vector, pretraining.mask_generator.mask_embedding if wrapped else torch.zeros(768))
 
 
-def test_models_around_the_encoder_are_read():
-    state = Hubert(TINY, (100,)).encoder.state_dict()
-    theirs = {f"hubert.{name}": value for name, value in interop.to_hugging_face(state).items()}
-    assert interop.from_hugging_face({**theirs, "lm_head.weight": torch.zeros(1)}).keys() == state.keys()
+def test_a_recogniser_opens_in_transformers_and_torchaudio(wave_S, tmp_path):
+    from transformers import AutoTokenizer, HubertForCTC
 
+    from hubert_ray.asr.letters import ALPHABET
 
-def test_a_foreign_architecture_is_refused():
-    theirs = interop.to_hugging_face(Hubert(TINY, (100,)).encoder.state_dict())
-    with pytest.raises(interop.InteropError, match="no place in HuBERT"):
-        interop.from_hugging_face({**theirs, "encoder.layers.0.relative_bias": torch.zeros(1)})
-    del theirs["encoder.layers.2.attention.q_proj.weight"]
-    with pytest.raises(interop.InteropError, match="is missing"):
-        interop.from_hugging_face(theirs)
+    body = checkpoint_of(TINY)
+    head = torch.nn.Linear(TINY.dim, len(ALPHABET)).state_dict()
+    ours = SpeechModel(Checkpoint(TINY, body.encoder, letters=head, alphabet=ALPHABET))
+    wave_1S = prepared(ours, wave_S)
+    wanted = ours.recogniser()(wave_1S, torch.tensor([len(wave_S)]))[0].detach()
+    ours.save("hugging_face", tmp_path / "hf")
+    theirs = HubertForCTC.from_pretrained(tmp_path / "hf").eval()
+    scores_1TV = theirs(wave_1S).logits.detach()
+    assert_same([wanted[0]], [scores_1TV.log_softmax(2)])
+    text = AutoTokenizer.from_pretrained(tmp_path / "hf").decode(scores_1TV[0].argmax(1))
+    assert text.strip() == ours.transcribe(wave_S)
+    ours.save("torchaudio", tmp_path / "ta")
+    assert_same([wanted[0]], [torchaudio_model(tmp_path / "ta")(wave_1S)[0].log_softmax(2).detach()])

@@ -10,7 +10,7 @@ import torch
 from hubert_ray.config.sizes import TINY, ModelSize
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.frames import frames_of, mfcc_frames_of
-from hubert_ray.model.hubert import Hubert
+from hubert_ray.model.hubert import Encoder
 from hubert_ray.units.features import LayerExtractor, MfccExtractor, _batches
 from tests.reference import slow_deltas, slow_mfcc
 
@@ -96,9 +96,14 @@ SIZES = {
 }
 
 
-def model(size: ModelSize) -> Hubert:
+def model(size: ModelSize) -> Encoder:
     torch.manual_seed(0)
-    return Hubert(size, (10,))
+    return Encoder(size)
+
+
+def layer_of(encoder, layer, normalize, **budget):
+    encoder.size = msgspec.structs.replace(encoder.size, normalize_waveform=normalize)
+    return LayerExtractor(encoder, layer, **budget)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -106,9 +111,9 @@ def model(size: ModelSize) -> Hubert:
 def test_a_layer_of_a_batch_is_that_of_each_utterance_alone(name, normalize):
     hubert = model(SIZES[name])
     several = waves(9000, 400, 16_123, 5000, 9001, 719)
-    together = LayerExtractor(hubert, 2, normalize)(several)
+    together = layer_of(hubert, 2, normalize)(several)
     for wave_S, features_TD in zip(several, together, strict=True):
-        (alone_TD,) = LayerExtractor(hubert, 2, normalize)([wave_S])
+        (alone_TD,) = layer_of(hubert, 2, normalize)([wave_S])
         assert features_TD.shape == alone_TD.shape == (frames_of(len(wave_S)), TINY.dim)
         assert features_TD.dtype == np.float32
         assert np.abs(features_TD - alone_TD).max() < 1e-5
@@ -120,7 +125,7 @@ def test_layers_zero_to_last():
     expected = hubert.eval().all_layers(torch.from_numpy(wave_S)[None])
     assert len(expected) == 3
     for layer, hidden_1TD in enumerate(expected):
-        extractor = LayerExtractor(hubert, layer, normalize=False)
+        extractor = layer_of(hubert, layer, normalize=False)
         (features_TD,) = extractor([wave_S])
         assert features_TD.shape == (frames_of(8000), extractor.dim)
         assert np.abs(features_TD - hidden_1TD[0].numpy()).max() < 1e-5
@@ -130,7 +135,7 @@ def test_layers_zero_to_last():
 
 def test_layer_of_a_model_in_train_mode_has_no_dropout():
     hubert = model(msgspec.structs.replace(SIZES["group"], dropout=0.5, layer_drop=0.5)).train()
-    extractor = LayerExtractor(hubert, 2, normalize=False)
+    extractor = layer_of(hubert, 2, normalize=False)
     first, second = extractor(waves(3000)), extractor(waves(3000))
     assert np.array_equal(first[0], second[0])
 
@@ -138,17 +143,17 @@ def test_layer_of_a_model_in_train_mode_has_no_dropout():
 def test_normalize_is_per_whole_utterance_before_padding():
     hubert = model(SIZES["layer"])
     several = waves(6000, 3000)
-    wanted = LayerExtractor(hubert, 1, normalize=False)([normalise(wave_S) for wave_S in several])
-    got = LayerExtractor(hubert, 1, normalize=True)(several)
+    wanted = layer_of(hubert, 1, normalize=False)([normalise(wave_S) for wave_S in several])
+    got = layer_of(hubert, 1, normalize=True)(several)
     assert all(np.abs(a - b).max() < 1e-6 for a, b in zip(got, wanted, strict=True))
-    assert np.abs(LayerExtractor(hubert, 1, normalize=False)(several)[0] - got[0]).max() > 1e-2
+    assert np.abs(layer_of(hubert, 1, normalize=False)(several)[0] - got[0]).max() > 1e-2
 
 
 def test_a_small_budget_changes_nothing_but_the_batches():
     hubert = model(SIZES["group"])
     several = waves(5000, 1000, 3000, 1000, 7000)
-    wide = LayerExtractor(hubert, 1, normalize=False)(several)
-    narrow = LayerExtractor(hubert, 1, normalize=False, batch_seconds=0.2)(several)
+    wide = layer_of(hubert, 1, normalize=False)(several)
+    narrow = layer_of(hubert, 1, normalize=False, batch_seconds=0.2)(several)
     assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(wide, narrow, strict=True))
 
 

@@ -147,9 +147,9 @@ def test_a_padded_batch_equals_batches_of_one(size):
     samples_B = torch.tensor([9000, 4001, 6399, 400])
     wave_BS = torch.randn(4, 9000)  # padding holds noise: whatever is there must not matter
     for layer in (None, 0, 2):
-        batched = model.features(wave_BS, layer, samples_B)
+        batched = model.encoder.features(wave_BS, layer, samples_B)
         for row, samples in enumerate(samples_B.tolist()):
-            alone = model.features(wave_BS[row : row + 1, :samples], layer)[0]
+            alone = model.encoder.features(wave_BS[row : row + 1, :samples], layer)[0]
             assert alone.shape[0] == frames_of(samples)
             assert (batched[row, : alone.shape[0]] - alone).abs().max() < 5e-6
 
@@ -158,13 +158,15 @@ def test_a_padded_batch_equals_batches_of_one(size):
 def test_layer_outputs(size):
     model = mini(size)
     wave_BS = torch.randn(2, 8000)
-    layers = model.all_layers(wave_BS)
+    layers = model.encoder.all_layers(wave_BS)
     assert len(layers) == 4
     for index, hidden_BTD in enumerate(layers):
-        assert torch.equal(hidden_BTD, model.features(wave_BS, index))
+        assert torch.equal(hidden_BTD, model.encoder.features(wave_BS, index))
     last = model.encoder.norm(layers[-1]) if size.norm_first else layers[-1]
-    assert torch.equal(model.features(wave_BS), last)
-    assert torch.allclose(model.features(wave_BS), model(wave_BS, torch.zeros(2, 24, dtype=torch.bool)).hidden_BTD)
+    assert torch.equal(model.encoder.features(wave_BS), last)
+    assert torch.allclose(
+        model.encoder.features(wave_BS), model(wave_BS, torch.zeros(2, 24, dtype=torch.bool)).hidden_BTD
+    )
 
 
 def test_masked_frames_are_replaced_by_one_vector():
@@ -221,7 +223,7 @@ def test_layer_drop_is_one_draw_of_the_seed():
     assert 0.3 < sum(map(sum, drawn)) / 120 < 0.7
     with torch.no_grad():
         none = model(wave_BS, mask_BT, kept_layers=[False] * 3).hidden_BTD
-        assert torch.equal(none, model.eval().features(wave_BS, 0))
+        assert torch.equal(none, model.eval().encoder.features(wave_BS, 0))
 
 
 def test_dropout_only_when_training():
@@ -246,14 +248,14 @@ def test_recomputing_blocks_changes_no_gradient():
 def test_wrong_input_is_refused():
     model = mini()
     with pytest.raises(InputError, match="at least 400"):
-        model.features(torch.randn(1, 399))
+        model.encoder.features(torch.randn(1, 399))
     with pytest.raises(InputError, match="expected 0 to 3"):
-        model.features(torch.randn(1, 8000), 4)
+        model.encoder.features(torch.randn(1, 8000), 4)
     with pytest.raises(InputError, match=r"expected \(1, 24\)"):
         model(torch.randn(1, 8000), torch.zeros(1, 25, dtype=torch.bool))
     with pytest.raises(InputError, match="row of 399"):
-        model.features(torch.randn(2, 8000), None, torch.tensor([8000, 399]))
+        model.encoder.features(torch.randn(2, 8000), None, torch.tensor([8000, 399]))
     with pytest.raises(InputError, match=r"model\.eval"):
-        model.train().features(torch.randn(1, 8000))
+        model.train().encoder.features(torch.randn(1, 8000))
     with pytest.raises(InputError, match="at least 2"):
         Hubert(MINI, ())

@@ -1,0 +1,99 @@
+"""What can a model file hold, whichever tool wrote it? A body, and one of two heads.
+
+Every format's reader returns a `Checkpoint`, every writer takes one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubert_ray.config.sizes import SIZES, ModelSize
+from hubert_ray.data.frames import CONV_KERNELS
+from hubert_ray.formats.names import InteropError, State
+
+BLANK, SEPARATOR = "<blank>", "|"
+_HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 16}  # of all published sizes, where a file does not say
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A body, and the head that came with it if there was one."""
+
+    size: ModelSize
+    encoder: State  # state dict of hubert.Encoder
+    prediction: State | None = None  # state dict of hubert.PredictionHead
+    classes: tuple[tuple[str, ...], ...] = ()  # what each codeword stands for, per label stream: as many names as rows
+    letters: State | None = None  # weight and bias of the recogniser's output layer
+    alphabet: tuple[str, ...] = ()  # what each of its rows stands for; BLANK and SEPARATOR among them
+
+
+def size_of(
+    encoder: State,
+    where: Path,
+    heads: int | None = None,
+    norm_first: bool | None = None,
+    normalize: bool | None = None,
+    **training: float | None,
+) -> ModelSize:
+    """The shape of these weights. What neither they nor the file's settings say is as in the published sizes."""
+    layers = sum(name.endswith(".qkv.weight") for name in encoder)
+    layer_norms = "conv.layers.1.norm_weight" in encoder
+    dim, per_group, kernel = encoder["position.weight_v"].shape
+    ffn_dim, channels = len(encoder["layers.0.ffn_in.bias"]), encoder["conv.layers.0.weight"].shape[0]
+    kernels = tuple(encoder[f"conv.layers.{i}.weight"].shape[2] for i in range(7))
+    refuse_unless(where, kernels == tuple(CONV_KERNELS), "conv kernels", kernels, CONV_KERNELS)
+    published = {(size.dim, size.layers, size.ffn_dim): size for size in SIZES.values()}.get((dim, layers, ffn_dim))
+    if heads is None and (heads := published.heads if published else _HEADS_OF_WIDTH.get(dim)) is None:
+        raise InteropError(f"{where}: says nothing of attention heads, and no published model is {dim} wide")
+    if dim % heads:
+        raise InteropError(f"{where}: found {heads} attention heads for a width of {dim}, expected a divisor of it")
+    plain = {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0, "layer_drop": 0.0}
+    defaults = {name: getattr(published, name) for name in plain} if published else plain
+    defaults["conv_grad_scale"] = published.conv_grad_scale if published else 1.0
+    return ModelSize(
+        conv_channels=channels,
+        conv_norm="layer" if layer_norms else "group",
+        conv_bias="conv.layers.1.bias" in encoder,
+        layers=layers,
+        dim=dim,
+        ffn_dim=ffn_dim,
+        heads=heads,
+        norm_first=layer_norms if norm_first is None else norm_first,
+        position_kernel=kernel,
+        position_groups=dim // per_group,
+        codeword_dim=published.codeword_dim if published else dim,
+        normalize_waveform=layer_norms if normalize is None else normalize,
+        **(defaults | {name: float(value) for name, value in training.items() if value is not None}),
+    )
+
+
+def alphabet_of(symbols: Sequence[str], blank: str, head: State, where: Path) -> tuple[str, ...]:
+    """Row names of a letter head, letters in capitals; the format's own blank is called BLANK."""
+    rows = len(head["weight"])
+    if len(symbols) < rows:
+        raise InteropError(
+            f"{where}: found {len(symbols)} letters for {rows} outputs; expected a name for each, as in Hugging Face's "
+            "vocab.json, fairseq's dict.ltr.txt or our labels.txt"
+        )
+    return tuple(
+        BLANK if symbol == blank else symbol.upper() if len(symbol) == 1 else symbol for symbol in symbols[:rows]
+    )
+
+
+def refuse_unless(where: Path, fits: bool, name: str, found: Any, expected: Any = "HuBERT's own") -> None:
+    if not fits:
+        raise InteropError(f"{where}: found {name} {found}, expected {expected}: this is another architecture")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InteropError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InteropError(f"{path}: found a JSON {type(content).__name__}, expected an object")
+    return content
