@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= storage
 
-.PHONY: install demo test test-fast lint lock
+.PHONY: install demo test test-fast lint lock bench bench-gpu
 
 install: $(VENV)/installed
 
@@ -28,6 +28,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m benchmarks.pretrain_step
+
+bench-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_table
 
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \

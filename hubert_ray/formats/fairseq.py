@@ -142,6 +142,7 @@ def _parts(checkpoint: Checkpoint) -> tuple[dict[str, Any], State, list[list[str
     size = checkpoint.size
     model: dict[str, Any] = {
         "_name": "hubert",
+        "label_rate": 50,  # asked for by its settings; the encoder does not read it
         "extractor_mode": "default" if size.conv_norm == "group" else "layer_norm",
         "conv_feature_layers": f"[({size.conv_channels},10,5)] + [({size.conv_channels},3,2)] * 4 "
         f"+ [({size.conv_channels},2,2)] * 2",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.frames import RECEPTIVE_FIELD, STRIDE
 from hubert_ray.errors import HubertRayError
+from hubert_ray.model.attention import attend
 from hubert_ray.model.frontend import ConvEncoder, PositionalConv
 
 LOGIT_TEMPERATURE = 0.1
@@ -71,7 +72,7 @@ class TransformerLayer(nn.Module):
         qkv = self.qkv(hidden_BTD).view(batch, frames, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed_BHTd = F.scaled_dot_product_attention(query, key, value, attn_mask=keys_B11T, dropout_p=dropout)
+        mixed_BHTd = attend(query, key, value, keys_B11T, dropout)
         mixed_BTD = mixed_BHTd.transpose(1, 2).reshape(batch, frames, dim)
         return F.dropout(self.out(mixed_BTD), self.dropout, self.training)
 

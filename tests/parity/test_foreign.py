@@ -83,6 +83,30 @@ def test_torchaudio(ours, wave_S, tmp_path):
         assert_same([ours.extract(wave_S)], [theirs(wave_1S)[0]])
 
 
+def test_s3prl(ours, wave_S, tmp_path):
+    """With s3prl's own loader and copy of fairseq's model, where it is installed; it is no dependency, not even of tests."""
+    convert = pytest.importorskip("s3prl.upstream.hubert.convert")
+    (file,) = ours.save("s3prl", tmp_path)
+    theirs, task = convert.load_converted_model(str(file))
+    assert task.normalize == ours.size.normalize_waveform
+    wave_1S = prepared(ours, wave_S)
+    with torch.no_grad():
+        for layer in range(1, ours.size.layers + 1):
+            foreign, _ = theirs.eval().extract_features(wave_1S, padding_mask=None, mask=False, output_layer=layer)
+            assert_same([ours.extract(wave_S, layer)], [foreign])
+
+
+@pytest.mark.slow
+def test_xlarge_with_all_its_layers(wave_S, tmp_path):
+    ours = SpeechModel(checkpoint_of(XLARGE))
+    ours.save("torchaudio", tmp_path)
+    theirs = torchaudio_model(tmp_path)
+    with torch.no_grad():
+        foreign, _ = theirs.extract_features(prepared(ours, wave_S))
+    assert len(foreign) == 48
+    assert_same(ours.extract_all(wave_S)[1:], foreign)
+
+
 def test_transformers(ours, wave_S, tmp_path):
     from transformers import AutoFeatureExtractor, HubertModel
 
