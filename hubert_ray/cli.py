@@ -148,6 +148,10 @@ def _plan(options: argparse.Namespace) -> None:
         return
     steps = pipeline.plan(recipe, storage)
     print(f"{recipe.name} in {storage.url}")
+    made_here = {planned.artifact.path for planned in steps}
+    for artifact in {a.path: a for planned in steps for a in planned.inputs.values()}.values():
+        if artifact.path not in made_here and not storage.exists(artifact.file(layout.SEAL)):
+            print(f"  missing: {artifact.path}; finish that run, or `hubert-ray import` a model under this name, first")
     for planned in steps:
         state = f"done in {planned.seal.facts['seconds']:.1f} s" if planned.seal else "to do"
         inputs = ", ".join(planned.stage.inputs.values()) if planned.stage.kind != "report" else "all of the above"

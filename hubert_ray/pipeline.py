@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ import msgspec
 from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Iteration, Layer, LibriSpeech, Recipe
-from hubert_ray.errors import RecipeError
+from hubert_ray.errors import CorpusError, RecipeError
 from hubert_ray.storage import layout
 from hubert_ray.storage.artifacts import Artifact, Identity, Seal, identity_of
 from hubert_ray.storage.filesystem import Storage
@@ -88,6 +89,8 @@ def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> li
 def _teacher_input(recipe: Recipe, position: int, teacher: Layer) -> str:
     """The stage whose model teaches: an earlier iteration of this recipe, or `run/iteration` of another run."""
     if "/" in teacher.of:
+        if len(teacher.of.split("/")) != 2:
+            raise RecipeError(f"teacher.of = '{teacher.of}': for a model of another run write '<run>/<iteration>'")
         return teacher.of + "/pretrain"
     earlier = {iteration.name: iteration for iteration in recipe.iterations[:position]}
     if teacher.of not in earlier:
@@ -129,6 +132,8 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
             fingerprints["corpus"] += f"-{planned[0].seal.facts['content']}"
         path = _path(recipe, stage)
         artifact = Artifact(storage, path, identity_of(stage.kind, _identity_settings(stage), fingerprints))
+        if "teacher" in inputs and stage.kind == "learn_kmeans":
+            _check_teacher(stage.settings["teacher"], inputs["teacher"])
         artifacts[stage.name] = artifact
         planned.append(Planned(stage, artifact, inputs, artifact.seal_or_none()))
     return planned
@@ -156,6 +161,14 @@ def _elsewhere(storage: Storage, name: str) -> Artifact:
     if not storage.exists(seal_file):
         return Artifact(storage, path, Identity("not made yet", {"run": name}, {}))
     return Artifact(storage, path, msgspec.json.decode(storage.read(seal_file), type=Seal).identity)
+
+
+def _check_teacher(teacher: Layer, model: Artifact) -> None:
+    """A layer that a model of another run, or an imported one, does not have is found before anything runs."""
+    if "/" in teacher.of and model.storage.exists(model.file(layout.SEAL)):
+        layers = model.read_json(layout.MODEL_CONFIG)["size"]["layers"]
+        if teacher.layer > layers:
+            raise RecipeError(f"teacher layer {teacher.layer} of '{teacher.of}': it has layers 0 (input) to {layers}")
 
 
 def run(
@@ -186,6 +199,8 @@ def run(
                 continue
             for artifact in step.inputs.values():
                 artifact.require()
+            if step.stage.kind == "prepare_data":
+                _check_source(recipe)
             if not up:
                 connect.__enter__()
                 up = True
@@ -197,6 +212,14 @@ def run(
     finally:
         if up:
             connect.__exit__(None, None, None)
+
+
+def _check_source(recipe: Recipe) -> None:
+    """Says before Ray is started that there is nothing to read."""
+    for name in ("path", "alignments"):
+        folder = getattr(recipe.corpus, name, None)
+        if folder is not None and not Path(folder).expanduser().is_dir():
+            raise CorpusError(f"corpus.{name} = '{folder}': no such folder; give one with --set corpus.{name}=…")
 
 
 def _check_corpus(recipe: Recipe, seal: Seal) -> None:

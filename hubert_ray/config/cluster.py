@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
+from hubert_ray.config.values import Count, Natural, NotNegative, Settings
 
 
-class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Cluster(Settings, frozen=True, kw_only=True):
     """Resources of one invocation. The defaults suit a laptop with two cores."""
 
     address: str | None = None  # of a running Ray cluster; None: RAY_ADDRESS, or a Ray of our own on this machine
-    train_workers: int = 2  # processes that share out the micro-batches of a step
-    train_workers_min: int | None = None  # elastic: go on with as few as these when nodes are taken away
-    train_cpus: float = 1.0  # per training worker
-    train_gpus: float = 0.0  # per training worker
-    data_workers: int = 2  # actors at most that read shards, extract features, label, decode
-    data_cpus: float = 1.0  # per actor
-    data_gpus: float = 0.0  # per actor
-    kmeans_workers: int = 2  # actors that hold the feature sample
-    kmeans_cpus: float = (
+    train_workers: Count = 2  # processes that share out the micro-batches of a step
+    train_workers_min: Count | None = None  # elastic: go on with as few as these when nodes are taken away
+    train_cpus: NotNegative = 1.0  # per training worker
+    train_gpus: NotNegative = 0.0  # per training worker
+    data_workers: Count = 2  # actors at most that read shards, extract features, label, decode
+    data_cpus: NotNegative = 1.0  # per actor
+    data_gpus: NotNegative = 0.0  # per actor
+    kmeans_workers: Count = 2  # actors that hold the feature sample
+    kmeans_cpus: NotNegative = (
         0.0  # per such actor; above 0 on a cluster, so that they land on worker nodes and not on the head
     )
-    concurrent_trials: int = 2  # fine-tuning trials side by side
-    trial_workers: int = 1  # training workers of each trial
+    concurrent_trials: Count = 2  # fine-tuning trials side by side
+    trial_workers: Count = 1  # training workers of each trial
     zero_stage: Literal[0, 1, 2] = 1  # DeepSpeed ZeRO; 964 M parameters need no stage 3
     precision: Literal["fp32", "bf16"] = "fp32"
-    max_failures: int = 3  # lost workers that a stage survives
-    keep_checkpoints: int = 2
-    object_store_mib: int = 512  # of a Ray that we start ourselves
+    max_failures: Natural = 3  # lost workers that a stage survives
+    keep_checkpoints: Count = 2
+    object_store_mib: Count = 512  # of a Ray that we start ourselves
     worker_logs: bool = False  # show on the console what worker processes print

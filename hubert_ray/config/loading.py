@@ -1,6 +1,6 @@
 """How does text become settings? A preset or a short TOML file, then `a.b=c` overrides, each checked by name and type.
 
-A recipe file names what it starts from and what it changes; iterations are addressed by name or number:
+A recipe file names what it starts from and what it changes; iterations are addressed by name:
 
     preset = "demo"
     name = "mine"
@@ -25,13 +25,11 @@ import msgspec
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.presets import PRESETS
-from hubert_ray.config.recipe import Recipe
+from hubert_ray.config.recipe import Finetune, Iteration, LibriSpeech, Recipe
+from hubert_ray.config.sizes import SIZES
 from hubert_ray.errors import RecipeError
 
-Settings = TypeVar("Settings", Recipe, Cluster)
-MAX_CLUSTERS = 2**16  # labels are uint16
-_FINETUNE_RULES = {"steps": 1, "label_seconds": 1.0, "batch_seconds": 1.0, "micro_batch_seconds": 1.0}
-_DECODE_RULES = {"ngram_order": 1, "beam": 1}
+Loaded = TypeVar("Loaded", Recipe, Cluster)
 
 
 def load_recipe(source: str, overrides: list[str]) -> Recipe:
@@ -44,9 +42,7 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
         raise RecipeError(
             f"'{source}' is neither a preset ({', '.join(PRESETS)}) nor a recipe file{_hint(source, PRESETS)}"
         )
-    for override in overrides:
-        _merge(data, _change(override), "")
-        data = _plain(_convert(data, Recipe))  # fills in what a replaced table left to its defaults
+    _merge(data, _changes(overrides), "")
     return _check(_convert(data, Recipe))
 
 
@@ -55,19 +51,12 @@ def load_cluster(source: str | None, overrides: list[str]) -> Cluster:
     data = _plain(Cluster())
     if source:
         _merge(data, _parsed(source), "")
-    for override in overrides:
-        _merge(data, _change(override), "")
+    _merge(data, _changes(overrides), "")
     cluster = _convert(data, Cluster)
-    for name in (
-        "train_workers",
-        "data_workers",
-        "kmeans_workers",
-        "concurrent_trials",
-        "trial_workers",
-        "keep_checkpoints",
-    ):
-        if getattr(cluster, name) < 1:
-            raise RecipeError(f"cluster {name} = {getattr(cluster, name)}: at least 1")
+    if cluster.train_workers_min is not None and cluster.train_workers_min > cluster.train_workers:
+        raise RecipeError(
+            f"cluster train_workers_min = {cluster.train_workers_min}: at most train_workers = {cluster.train_workers}"
+        )
     return cluster
 
 
@@ -79,39 +68,51 @@ def _plain(settings: Recipe | Cluster) -> dict[str, Any]:
 def _read(file: str) -> dict[str, Any]:
     changes = _parsed(file)
     preset = changes.pop("preset", None)
-    for optional in ("finetune", "decode"):  # TOML has no null
-        if changes.get(optional) is False:
-            changes[optional] = None
     if preset is None:
-        return _plain(_convert(changes, Recipe))
-    if preset not in PRESETS:
+        data: dict[str, Any] = dict.fromkeys(Recipe.__struct_fields__)
+    elif isinstance(preset, str) and preset in PRESETS:
+        data = _plain(PRESETS[preset])
+    else:
         raise RecipeError(
-            f"{file}: preset '{preset}' does not exist; there are {', '.join(PRESETS)}{_hint(preset, PRESETS)}"
+            f"{file}: preset {preset!r} does not exist; there are {', '.join(PRESETS)}{_hint(str(preset), PRESETS)}"
         )
-    data = _plain(PRESETS[preset])
     _merge(data, changes, "")
+    missing = [name for name in ("name", "corpus", "iterations") if data[name] is None]
+    if missing:
+        raise RecipeError(f'{file}: {", ".join(missing)} missing; give them, or start from a preset: preset = "demo"')
     return _plain(_convert(data, Recipe))
 
 
 def _parsed(file: str) -> dict[str, Any]:
     try:
         text = Path(file).read_text(encoding="utf-8")
-        return json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+        content = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
     except OSError as error:
         raise RecipeError(f"'{file}' cannot be read: {error.strerror}") from error
-    except ValueError as error:  # what json, tomllib and the decoder raise
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{file}: {error}; strings need quotes, and for 'off' write false") from error
+    except ValueError as error:  # what json and the decoder of UTF-8 raise
+        raise RecipeError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: found a {type(content).__name__}, expected settings by name")
+    return content
 
 
-def _change(override: str) -> dict[str, Any]:
-    """`a.b=c` as nested tables."""
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise RecipeError(f"'{override}': write name=value, such as iterations.iter1.pretrain.steps=2000")
-    value: Any = _value(text)
-    for key in reversed(name.strip().split(".")):
-        value = {key: value}
-    return value
+def _changes(overrides: list[str]) -> dict[str, Any]:
+    """All `a.b=c` as nested tables, later ones over earlier ones: their order matters for nothing else."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"'{override}': write name=value, such as iterations.iter1.pretrain.steps=2000")
+        *tables, last = name.strip().split(".")
+        table = changes
+        for key in tables:
+            if not isinstance(table.get(key), dict):
+                table[key] = {}
+            table = table[key]
+        table[last] = _value(text)
+    return changes
 
 
 def _value(text: str) -> Any:
@@ -138,26 +139,53 @@ def _merge(data: dict[str, Any] | list[Any], changes: dict[str, Any], where: str
         if isinstance(value, dict) and isinstance(old, (dict, list)) and not switches:
             _merge(old, value, dotted)
         else:
-            data[slot] = value  # type: ignore[index]
+            data[slot] = _meant(key, value, old)  # type: ignore[index]
+
+
+def _meant(key: str, value: Any, old: Any) -> Any:
+    """`false` for a whole table, or for what may be absent, switches it off; a model may be named by its size."""
+    if value is False and (old is None or isinstance(old, dict)):
+        return None
+    if key == "model" and isinstance(value, str):
+        if value not in SIZES:
+            raise RecipeError(f"model = {value!r}: there are {', '.join(SIZES)}{_hint(value, SIZES)}")
+        return msgspec.to_builtins(SIZES[value])
+    return value
 
 
 def _position(data: list[Any], key: str, where: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in data]
     if key in names:
         return names.index(key)
-    if key.isdigit() and int(key) < len(data):
-        return int(key)
     raise RecipeError(f"'{where}.{key}' does not exist; there are {', '.join(map(str, names))}{_hint(key, names)}")
 
 
-def _convert(data: dict[str, Any], kind: type[Settings]) -> Settings:
+def _convert(data: dict[str, Any], kind: type[Loaded]) -> Loaded:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$.")
         dotted, value = _locate(data, path.rstrip("`"))
         where = f"{dotted} = {value!r}: " if path else ""
-        raise RecipeError(f"{where}{what[0].lower()}{what[1:].replace('`', '')}") from error
+        choices = _choices(msgspec.inspect.type_info(kind), re.findall(r"[^.\[\]]+", path.rstrip("`")))
+        there_are = f"; there are {', '.join(choices)}{_hint(str(value), choices)}" if choices else ""
+        raise RecipeError(f"{where}{what[0].lower()}{what[1:].replace('`', '')}{there_are}") from error
+
+
+def _choices(kind: Any, path: list[str]) -> list[str]:
+    """The words that may stand at `path` of settings of this type; empty where it is not for words to choose from."""
+    kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+    found: list[str] = []
+    for one in kinds:
+        if isinstance(one, msgspec.inspect.LiteralType) and not path:
+            found += map(str, one.values)
+        elif isinstance(one, msgspec.inspect.VarTupleType) and path:
+            found += _choices(one.item_type, path[1:])
+        elif isinstance(one, msgspec.inspect.StructType) and path == [one.tag_field]:
+            found.append(str(one.tag))
+        elif isinstance(one, msgspec.inspect.StructType) and path:
+            found += [word for field in one.fields if field.name == path[0] for word in _choices(field.type, path[1:])]
+    return found
 
 
 def _locate(data: Any, path: str) -> tuple[str, Any]:
@@ -187,39 +215,54 @@ def _check(recipe: Recipe) -> Recipe:
         raise RecipeError(f"iterations must have different names; found {names[2:]}")
     for iteration in recipe.iterations:
         _check_iteration(iteration)
-    for part, rules in ((recipe.finetune, _FINETUNE_RULES), (recipe.decode, _DECODE_RULES)):
-        for name, least in rules.items() if part else ():
-            if getattr(part, name) < least:
-                raise RecipeError(f"{type(part).__name__.lower()}.{name} = {getattr(part, name):g}: at least {least:g}")
     if recipe.decode and not recipe.finetune:
-        raise RecipeError("decode needs finetune: set decode=null, or give finetune settings")
+        raise RecipeError("decode needs finetune: switch decode off too (decode = false), or give finetune settings")
+    if isinstance(recipe.corpus, LibriSpeech):
+        both = sorted(set(recipe.corpus.dev_speakers) & set(recipe.corpus.test_speakers))
+        if both:
+            raise RecipeError(f"corpus: speakers {', '.join(both)} stand in both dev_speakers and test_speakers")
+    if recipe.finetune:
+        _check_finetune(recipe.finetune)
     return recipe
 
 
-def _check_iteration(iteration: Any) -> None:
-    kmeans, pretrain, model = iteration.kmeans, iteration.pretrain, iteration.model
+def _check_iteration(iteration: Iteration) -> None:
+    pretrain, model = iteration.pretrain, iteration.model
     rules = [
-        (2 <= kmeans.clusters <= MAX_CLUSTERS, f"kmeans.clusters = {kmeans.clusters}: between 2 and {MAX_CLUSTERS}"),
-        (0 < kmeans.sample_share <= 1, f"kmeans.sample_share = {kmeans.sample_share:g}: above 0, at most 1"),
-        (pretrain.steps > 0, f"pretrain.steps = {pretrain.steps}: at least 1"),
-        (pretrain.peak_lr > 0, f"pretrain.peak_lr = {pretrain.peak_lr:g}: above 0"),
-        (0 <= pretrain.warmup_share < 1, f"pretrain.warmup_share = {pretrain.warmup_share:g}: from 0 to below 1"),
         (
-            0 < pretrain.min_crop_seconds <= pretrain.max_crop_seconds,
+            pretrain.min_crop_seconds <= pretrain.max_crop_seconds,
             f"pretrain crops from {pretrain.min_crop_seconds:g} to {pretrain.max_crop_seconds:g} s: "
-            "0 < min_crop_seconds <= max_crop_seconds",
+            "min_crop_seconds <= max_crop_seconds",
         ),
         (
             pretrain.micro_batch_seconds >= pretrain.max_crop_seconds,
             f"pretrain.micro_batch_seconds = {pretrain.micro_batch_seconds:g}: at least one crop of "
             f"{pretrain.max_crop_seconds:g} s must fit",
         ),
-        (0 <= pretrain.mask.prob < 1, f"pretrain.mask.prob = {pretrain.mask.prob:g}: from 0 to below 1"),
+        (
+            pretrain.batch_seconds >= pretrain.micro_batch_seconds,
+            f"pretrain.batch_seconds = {pretrain.batch_seconds:g}: at least one micro-batch of "
+            f"{pretrain.micro_batch_seconds:g} s",
+        ),
         (model.dim % model.heads == 0, f"model.dim = {model.dim}: a multiple of model.heads = {model.heads}"),
+        (
+            model.dim % model.position_groups == 0,
+            f"model.dim = {model.dim}: a multiple of model.position_groups = {model.position_groups}",
+        ),
     ]
     for holds, message in rules:
         if not holds:
             raise RecipeError(f"iteration '{iteration.name}': {message}")
+
+
+def _check_finetune(finetune: Finetune) -> None:
+    if sum(finetune.schedule_shares) > 1 + 1e-9:
+        raise RecipeError(f"finetune.schedule_shares = {finetune.schedule_shares}: together at most 1")
+    for name, sweep in (("sweep", finetune.sweep), ("scratch_sweep", finetune.scratch_sweep)):
+        for setting in ("peak_lr", "freeze_share", "mask_prob") if sweep else ():
+            least, most = getattr(sweep, setting)
+            if least > most:
+                raise RecipeError(f"finetune.{name}.{setting} = {[least, most]}: the smaller number first")
 
 
 def _hint(word: str, known: Any) -> str:

@@ -66,7 +66,7 @@ DEMO = Recipe(
     decode=Decode(ngram_order=3, beam=50, word_scores=(0.0, 1.0)),
 )
 
-# The demo with four times the steps.
+# The demo with six times the steps.
 SMALL = structs.replace(
     DEMO,
     name="small",

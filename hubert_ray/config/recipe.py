@@ -7,32 +7,36 @@ comment, and fairseq's name where it has one. Plain immutable structs: importing
 
 from __future__ import annotations
 
-import msgspec
-
 from hubert_ray.config.sizes import ModelSize
-
-
-class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all settings: unknown names are refused. A subclass says `frozen` and `kw_only` for itself, since neither
-    type checkers nor (for `kw_only`) msgspec let it inherit them."""
-
+from hubert_ray.config.values import (
+    Clusters,
+    Count,
+    Grid,
+    Natural,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Probability,
+    Settings,
+    Share,
+)
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
 
 
-class EmbeddedCorpus(_Settings, frozen=True, kw_only=True, tag="embedded", tag_field="kind"):
+class EmbeddedCorpus(Settings, frozen=True, kw_only=True, tag="embedded", tag_field="kind"):
     """Synthetic speech made offline by espeak-ng (extra `demo`), with transcripts and phone times."""
 
     name: str = "embedded"
-    train_speakers: int = 40  # invented voices of this split; no voice and no sentence is in two splits
-    dev_speakers: int = 4
-    test_speakers: int = 4
-    utterances_per_speaker: int = 60  # a sentence each, about 3 s
-    shard_mib: int = 12  # a new audio shard is begun at this size
+    train_speakers: Count = 40  # invented voices of this split; no voice and no sentence is in two splits
+    dev_speakers: Count = 4
+    test_speakers: Count = 4
+    utterances_per_speaker: Count = 60  # a sentence each, about 3 s
+    shard_mib: Count = 12  # a new audio shard is begun at this size
     seed: int = 0
 
 
-class LibriSpeech(_Settings, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
+class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
     """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
 
     Subsets named train-*, dev-*, test-* fall into those splits, all others (Libri-light's small, medium, large) into
@@ -46,7 +50,7 @@ class LibriSpeech(_Settings, frozen=True, kw_only=True, tag="librispeech", tag_f
     alignments: str | None = None
     dev_speakers: tuple[str, ...] = ()
     test_speakers: tuple[str, ...] = ()
-    shard_mib: int = 256  # a new audio shard is begun at this size
+    shard_mib: Count = 256  # a new audio shard is begun at this size
 
 
 Corpus = EmbeddedCorpus | LibriSpeech
@@ -55,66 +59,68 @@ Corpus = EmbeddedCorpus | LibriSpeech
 # --- one HuBERT iteration ---------------------------------------------------------------------------------------------
 
 
-class Mfcc(_Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
+class Mfcc(Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
     """Teacher of the first iteration: 39-d MFCC with deltas at 100 Hz, exactly as fairseq computes them."""
 
 
-class Layer(_Settings, frozen=True, kw_only=True, tag="layer", tag_field="kind"):
+class Layer(Settings, frozen=True, kw_only=True, tag="layer", tag_field="kind"):
     """Teacher of a later iteration: the output of a transformer block, after the residual, at 50 Hz."""
 
     of: str  # an earlier iteration of this recipe, or "<run>/<iteration>" of another run in the same storage
-    layer: int  # 1 = first block … N = last; 0 = input of block 1
+    layer: Natural  # 1 = first block … N = last; 0 = input of block 1
 
 
 Teacher = Mfcc | Layer
 
 
-class Kmeans(_Settings, frozen=True, kw_only=True):
+class Kmeans(Settings, frozen=True, kw_only=True):
     """How the codebook is fitted: full-batch Lloyd passes, where fairseq's `examples/hubert/simple_kmeans/learn_kmeans.py`
     runs scikit-learn's MiniBatchKMeans on mini-batches of 10,000 frames (HuBERT (Hsu et al. 2021) II-A, IV-B)."""
 
-    clusters: int  # n_clusters: 100 for MFCC, 500 for transformer features
+    clusters: Clusters  # n_clusters: 100 for MFCC, 500 for transformer features
     # --percent: share of train utterances fitted on, drawn without replacement; fairseq: 0.1 for transformer features
-    sample_share: float = 1.0
-    max_iterations: int = 30  # Lloyd passes at most; fairseq: max_iter 100 passes of mini-batches
-    tolerance: float = 1e-4  # stop when the inertia falls by less than this share in a pass; fairseq: tol 0
-    seedings: int = 3  # k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20
+    sample_share: PositiveShare = 1.0
+    max_iterations: Count = 30  # Lloyd passes at most; fairseq: max_iter 100 passes of mini-batches
+    tolerance: NotNegative = 1e-4  # stop when the inertia falls by less than this share in a pass; fairseq: tol 0
+    seedings: Count = 3  # k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20
     seed: int = 0
 
 
-class Mask(_Settings, frozen=True, kw_only=True):
+class Mask(Settings, frozen=True, kw_only=True):
     """Span masking of pretraining (HuBERT (Hsu et al. 2021) II-B; fairseq `data/data_utils.py`, compute_mask_indices)."""
 
-    prob: float = 0.80  # mask_prob: share of frames that spans would cover without overlap = start probability x length
-    length: int = 10  # mask_length, frames of 20 ms
-    min_spans: int = 2  # no_mask_min: spans per utterance at least
+    prob: Probability = (
+        0.80  # mask_prob: share of frames that spans would cover without overlap = start probability x length
+    )
+    length: Count = 10  # mask_length, frames of 20 ms
+    min_spans: Natural = 2  # no_mask_min: spans per utterance at least
 
 
-class Pretrain(_Settings, frozen=True, kw_only=True):
+class Pretrain(Settings, frozen=True, kw_only=True):
     """Masked-prediction training (HuBERT (Hsu et al. 2021) II-B, IV-C; fairseq `examples/hubert/config/pretrain`)."""
 
-    steps: int  # max_update
-    peak_lr: float  # lr
-    warmup_share: float = 0.08  # warmup_updates / max_update; the rest decays linearly to 0
-    batch_seconds: float = 2800.0  # audio of one optimiser step over all workers (max_tokens x GPUs)
-    micro_batch_seconds: float = 87.5  # audio of one forward pass; the unit that workers share out
-    min_crop_seconds: float = 2.0  # min_sample_size: shorter utterances are not trained on
-    max_crop_seconds: float = 15.625  # max_sample_size
-    crop_lengths: int = 12  # length buckets between the two
+    steps: Count  # max_update
+    peak_lr: Positive  # lr
+    warmup_share: Probability = 0.08  # warmup_updates / max_update; the rest decays linearly to 0
+    batch_seconds: Positive = 2800.0  # audio of one optimiser step over all workers (max_tokens x GPUs)
+    micro_batch_seconds: Positive = 87.5  # audio of one forward pass; the unit that workers share out
+    min_crop_seconds: Positive = 2.0  # min_sample_size: shorter utterances are not trained on
+    max_crop_seconds: Positive = 15.625  # max_sample_size
+    crop_lengths: Count = 12  # length buckets between the two
     mask: Mask = Mask()
-    betas: tuple[float, float] = (0.9, 0.98)  # adam_betas
-    eps: float = 1e-6  # adam_eps
-    weight_decay: float = 0.01  # weight_decay, decoupled
-    clip_norm: float = 10.0  # clip_norm
-    masked_weight: float = 1.0  # pred_masked_weight
-    unmasked_weight: float = 0.0  # pred_nomask_weight
-    feature_penalty: float = 10.0  # loss_weights
-    checkpoint_steps: int = 25_000  # save_interval_updates
-    log_steps: int = 200  # log_interval
+    betas: tuple[Probability, Probability] = (0.9, 0.98)  # adam_betas
+    eps: Positive = 1e-6  # adam_eps
+    weight_decay: NotNegative = 0.01  # weight_decay, decoupled
+    clip_norm: NotNegative = 10.0  # clip_norm
+    masked_weight: NotNegative = 1.0  # pred_masked_weight
+    unmasked_weight: NotNegative = 0.0  # pred_nomask_weight
+    feature_penalty: NotNegative = 10.0  # loss_weights
+    checkpoint_steps: Count = 25_000  # save_interval_updates
+    log_steps: Count = 200  # log_interval
     seed: int = 1337  # seed
 
 
-class Iteration(_Settings, frozen=True, kw_only=True):
+class Iteration(Settings, frozen=True, kw_only=True):
     """features from `teacher` -> codebook -> labels -> a model trained from random weights on them."""
 
     name: str
@@ -127,56 +133,63 @@ class Iteration(_Settings, frozen=True, kw_only=True):
 # --- recogniser -------------------------------------------------------------------------------------------------------
 
 
-class Sweep(_Settings, frozen=True, kw_only=True):
+class Sweep(Settings, frozen=True, kw_only=True):
     """The Ray Tune search over fine-tuning (HuBERT (Hsu et al. 2021) IV-D): each trial is a fine-tuning run with a
     `peak_lr`, a `freeze_share` and a `mask_prob` drawn for it from these ranges; the best on dev is the recogniser."""
 
-    trials: int = 4  # fine-tuning runs
-    peak_lr: tuple[float, float] = (1e-5, 1e-4)  # log-uniform range
-    freeze_share: tuple[float, float] = (0.0, 0.5)  # uniform range of freeze_finetune_updates / max_update
-    mask_prob: tuple[float, float] = (0.5, 0.75)  # uniform range of mask_prob of the time masks, as in Mask.prob
-    rungs: int = 3  # dev evaluations per trial, evenly spaced; ASHA may stop the worse half at each
+    trials: Count = 4  # fine-tuning runs
+    peak_lr: tuple[Positive, Positive] = (1e-5, 1e-4)  # log-uniform range
+    freeze_share: tuple[Share, Share] = (0.0, 0.5)  # uniform range of freeze_finetune_updates / max_update
+    mask_prob: tuple[Probability, Probability] = (
+        0.5,
+        0.75,
+    )  # uniform range of mask_prob of the time masks, as in Mask.prob
+    rungs: Count = 3  # dev evaluations per trial, evenly spaced; ASHA may stop the worse half at each
     seed: int = 0
 
 
-class Finetune(_Settings, frozen=True, kw_only=True):
+class Finetune(Settings, frozen=True, kw_only=True):
     """CTC fine-tuning (HuBERT (Hsu et al. 2021) II-E, IV-D; defaults as wav2vec 2.0's 10-minute run, fairseq
     `examples/wav2vec/config/finetuning/base_10m.yaml`). Audio is padded, never cropped. The conv encoder stays frozen."""
 
-    label_seconds: float = 600.0  # transcribed train audio: at most this much, drawn by seed; 600 = the 10-minute split
-    steps: int = 13_000  # max_update
-    batch_seconds: float = 1600.0  # padded audio of one optimiser step over all workers
-    micro_batch_seconds: float = 200.0  # padded audio of one forward pass
-    schedule_shares: tuple[float, float, float] = (0.1, 0.4, 0.5)  # phase_ratio: warm-up, hold, decay
-    final_lr_scale: float = 0.05  # final_lr_scale: learning rate at the end, as a share of the peak
-    mask_length: int = 10  # mask_length of the time masks, frames of 20 ms
-    channel_mask_prob: float = 0.25  # mask_channel_prob: share of channels that bands would cover without overlap
-    channel_mask_length: int = 64  # mask_channel_length, channels of a band
-    layer_drop: float = 0.1  # layerdrop, probability that a whole layer is skipped
-    dropout: float = 0.0  # dropout, attention_dropout, dropout_input and final_dropout: one probability for all four
-    activation_dropout: float = 0.1  # activation_dropout, probability inside the FFN
-    betas: tuple[float, float] = (0.9, 0.98)  # adam_betas
-    eps: float = 1e-8  # adam_eps
-    clip_norm: float = 0.0  # clip_norm; 0 = off
+    label_seconds: Positive = (
+        600.0  # transcribed train audio: at most this much, drawn by seed; 600 = the 10-minute split
+    )
+    steps: Count = 13_000  # max_update
+    batch_seconds: Positive = 1600.0  # padded audio of one optimiser step over all workers
+    micro_batch_seconds: Positive = 200.0  # padded audio of one forward pass
+    schedule_shares: tuple[Share, Share, Share] = (0.1, 0.4, 0.5)  # phase_ratio: warm-up, hold, decay
+    final_lr_scale: Positive = 0.05  # final_lr_scale: learning rate at the end, as a share of the peak
+    mask_length: Count = 10  # mask_length of the time masks, frames of 20 ms
+    channel_mask_prob: Probability = 0.25  # mask_channel_prob: share of channels that bands would cover without overlap
+    channel_mask_length: Count = 64  # mask_channel_length, channels of a band
+    layer_drop: Probability = 0.1  # layerdrop, probability that a whole layer is skipped
+    dropout: Probability = (
+        0.0  # dropout, attention_dropout, dropout_input and final_dropout: one probability for all four
+    )
+    activation_dropout: Probability = 0.1  # activation_dropout, probability inside the FFN
+    betas: tuple[Probability, Probability] = (0.9, 0.98)  # adam_betas
+    eps: Positive = 1e-8  # adam_eps
+    clip_norm: NotNegative = 0.0  # clip_norm; 0 = off
     sweep: Sweep = Sweep()
     scratch_sweep: Sweep | None = None  # the control from random weights, conv encoder trained too; None = no control
     seed: int = 0
 
 
-class Decode(_Settings, frozen=True, kw_only=True):
+class Decode(Settings, frozen=True, kw_only=True):
     """Greedy and n-gram beam search (HuBERT (Hsu et al. 2021) IV-D, eq. 4; fairseq `examples/hubert/config/decode`).
 
     The two weights are chosen on dev, test is decoded once.
     """
 
-    ngram_order: int = 4  # words of the longest n-gram
-    beam: int = 500  # beam: hypotheses kept per frame
-    beam_threshold: float = 100.0  # beamthreshold: those this many nats below the frame's best are dropped
-    lm_weights: tuple[float, ...] = (0.5, 1.0, 1.5)  # w1, of the natural logarithm; grid tried on dev
-    word_scores: tuple[float, ...] = (-1.0, 0.0, 1.0)  # w2, nats per word; grid tried on dev
+    ngram_order: Count = 4  # words of the longest n-gram
+    beam: Count = 500  # beam: hypotheses kept per frame
+    beam_threshold: Positive = 100.0  # beamthreshold: those this many nats below the frame's best are dropped
+    lm_weights: Grid = (0.5, 1.0, 1.5)  # w1, of the natural logarithm; grid tried on dev
+    word_scores: Grid = (-1.0, 0.0, 1.0)  # w2, nats per word; grid tried on dev
 
 
-class Recipe(_Settings, frozen=True, kw_only=True):
+class Recipe(Settings, frozen=True, kw_only=True):
     """A whole run."""
 
     name: str

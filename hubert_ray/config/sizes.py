@@ -8,30 +8,30 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
+from hubert_ray.config.values import Count, Probability, Settings, Share
 
 
-class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ModelSize(Settings, frozen=True, kw_only=True):
     """The architecture of one HuBERT encoder with its prediction head. Shapes only; nothing about a run."""
 
-    conv_channels: int = 512  # conv_feature_layers, channels of each of the 7 layers
+    conv_channels: Count = 512  # conv_feature_layers, channels of each of the 7 layers
     conv_norm: Literal["group", "layer"]  # extractor_mode: default (GroupNorm after conv 0) | layer_norm (after each)
     conv_bias: bool = False  # conv_bias: none in the paper's models; foreign ones have it
-    layers: int  # encoder_layers
-    dim: int  # encoder_embed_dim
-    ffn_dim: int  # encoder_ffn_embed_dim
-    heads: int  # encoder_attention_heads
+    layers: Count  # encoder_layers
+    dim: Count  # encoder_embed_dim
+    ffn_dim: Count  # encoder_ffn_embed_dim
+    heads: Count  # encoder_attention_heads
     norm_first: bool  # layer_norm_first: False = post-norm (Base), True = pre-norm (Large, X-Large)
-    position_kernel: int = 128  # conv_pos, taps of the positional convolution
-    position_groups: int = 16  # conv_pos_groups
-    codeword_dim: int  # final_dim, width of the projection and of the codeword table
+    position_kernel: Count = 128  # conv_pos, taps of the positional convolution
+    position_groups: Count = 16  # conv_pos_groups
+    codeword_dim: Count  # final_dim, width of the projection and of the codeword table
     normalize_waveform: bool  # normalize: zero mean, unit variance over each whole utterance
-    conv_grad_scale: float  # feature_grad_mult, scale of the gradient that enters the conv encoder
-    dropout: float  # dropout, after attention, after the FFN and on the encoder's input
-    attention_dropout: float  # attention_dropout, on attention weights
-    activation_dropout: float = 0.0  # activation_dropout, inside the FFN
-    input_dropout: float  # dropout_input, after the projection of the conv features
-    layer_drop: float  # encoder_layerdrop, probability that a whole layer is skipped
+    conv_grad_scale: Share  # feature_grad_mult, scale of the gradient that enters the conv encoder
+    dropout: Probability  # dropout, after attention, after the FFN and on the encoder's input
+    attention_dropout: Probability  # attention_dropout, on attention weights
+    activation_dropout: Probability = 0.0  # activation_dropout, inside the FFN
+    input_dropout: Probability  # dropout_input, after the projection of the conv features
+    layer_drop: Probability  # encoder_layerdrop, probability that a whole layer is skipped
 
 
 TINY = ModelSize(

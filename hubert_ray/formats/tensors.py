@@ -53,7 +53,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
                 f"{path}: holds an object of {found[1]}, which would run code when opened; expected tensors, numbers, "
                 "texts and plain containers. Save its state dict with the tool that wrote it, and read that"
             ) from None
-        raise InteropError(f"{path}: not a readable checkpoint ({(str(error) or 'it ends too early').splitlines()[0]})") from error
+        raise InteropError(
+            f"{path}: not a readable checkpoint ({(str(error) or 'it ends too early').splitlines()[0]})"
+        ) from error
     if not isinstance(content, dict):
         raise InteropError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
     return content
