@@ -7,7 +7,6 @@ all errors over all reference words, never a mean of per-utterance rates, and sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jiwer
@@ -52,11 +51,6 @@ def word_errors(reference: str, hypothesis: str) -> ErrorRate:
 def character_errors(reference: str, hypothesis: str) -> ErrorRate:
     """Errors in characters, of which the single space between two words is one."""
     return _counted(jiwer.process_characters(" ".join(reference.split()), " ".join(hypothesis.split())))
-
-
-def total(rates: Iterable[ErrorRate]) -> ErrorRate:
-    """The sum over utterances or shards; nothing at all sums to no errors of no words."""
-    return sum(rates, ErrorRate())
 
 
 def _counted(alignment: jiwer.WordOutput | jiwer.CharacterOutput) -> ErrorRate:

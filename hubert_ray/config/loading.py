@@ -227,8 +227,15 @@ def _check(recipe: Recipe) -> Recipe:
 
 
 def _check_iteration(iteration: Iteration) -> None:
-    pretrain, model = iteration.pretrain, iteration.model
+    pretrain, model, mask = iteration.pretrain, iteration.model, iteration.pretrain.mask
+    shortest = int(pretrain.min_crop_seconds * 50) - 1  # frames
+    spans = max(mask.min_spans, int(mask.prob * shortest / mask.length) + 1)
     rules = [
+        (
+            shortest > mask.length + spans,
+            f"pretrain.min_crop_seconds = {pretrain.min_crop_seconds:g}: too short for {spans} spans of "
+            f"{mask.length} frames of 20 ms",
+        ),
         (
             pretrain.min_crop_seconds <= pretrain.max_crop_seconds,
             f"pretrain crops from {pretrain.min_crop_seconds:g} to {pretrain.max_crop_seconds:g} s: "

@@ -37,8 +37,8 @@ from hubert_ray.stages.report_numbers import duration, moment, number, percent, 
 
 COLOUR_OF_START = {"pretrained": "c1", "scratch": "c2"}
 WORK_OF_STAGE = {
-    "codebook": ("k-means", "c3"),
-    "labels": ("labels", "c4"),
+    "learn_kmeans": ("k-means", "c3"),
+    "assign_labels": ("labels", "c4"),
     "pretrain": ("pretraining", "c1"),
     "finetune": ("fine-tuning", "c2"),
     "decode": ("decoding", "c5"),
@@ -185,7 +185,9 @@ def _timeline(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         starts = list(accumulate(lengths, initial=0.0))[:-1]
     spans, keys = [], {}
     for stage, start, length in zip(stages, starts, lengths, strict=True):
-        work, colour = WORK_OF_STAGE.get(str(stage.get("name")).rsplit("/", 1)[-1], OTHER_WORK)
+        # `iter1/pretrain`, `finetune/scratch`, `decode`: the kind of a stage is one part of its name.
+        kinds = [part for part in str(stage.get("name")).split("/") if part in WORK_OF_STAGE]
+        work, colour = WORK_OF_STAGE[kinds[-1]] if kinds else OTHER_WORK
         keys[work] = colour
         spans.append(Span(str(stage.get("name")), start, length, colour, hollow=bool(stage.get("skipped"))))
     label = "working time" if end_to_end else "time since the run began"
@@ -282,28 +284,27 @@ def _across_iterations(iterations: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _trials(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All trials of the sweep, best first, each told whether it is the best of its start."""
-    best = {trial.get("id") for trial in (_dig(report, "finetune", "best") or {}).values() if trial}
-    trials = [{**trial, "is_best": trial.get("id") in best} for trial in _dig(report, "finetune", "trials") or []]
+    best = {(start, trial.get("id")) for start, trial in (_dig(report, "finetune", "best") or {}).items() if trial}
+    trials = [
+        {**trial, "is_best": (trial.get("start"), trial.get("id")) in best}
+        for trial in _dig(report, "finetune", "trials") or []
+    ]
     return sorted(trials, key=lambda trial: trial["dev_wer"] if is_number(trial.get("dev_wer")) else float("inf"))
 
 
 def _finetune_charts(report: Mapping[str, Any]) -> list[Markup]:
-    charts = []
-    for title, key, axis in (
-        ("Word error rate on dev", "dev_wer", Axis("word error rate", percent, percent_tick, from_zero=True)),
-        ("CTC loss", "loss", Axis("CTC loss on train", lambda value: number(float(value)), from_zero=True)),
-    ):
-        lines = [
-            Series(
-                f"{trial.get('start')} {trial.get('id')}",
-                _curve(trial.get("curve"), key),
-                COLOUR_OF_START.get(str(trial.get("start")), "c3"),
-                faint=not trial["is_best"],
-            )
-            for trial in _trials(report)
-        ]
-        charts.append(line_chart(title, lines, Axis("step", number, short, whole_numbers=True), axis))
-    return [chart for chart in charts if chart]
+    lines = [
+        Series(
+            f"{trial.get('start')} {trial.get('id')}",
+            _curve(trial.get("curve"), "dev_wer"),
+            COLOUR_OF_START.get(str(trial.get("start")), "c3"),
+            faint=not trial["is_best"],
+        )
+        for trial in _trials(report)
+    ]
+    axis = Axis("word error rate", percent, percent_tick, from_zero=True)
+    chart = line_chart("Word error rate on dev", lines, Axis("step", number, short, whole_numbers=True), axis)
+    return [chart] if chart else []
 
 
 def _error_bars(report: Mapping[str, Any]) -> list[Markup]:

@@ -57,10 +57,6 @@ class Storage:
     def exists(self, path: str) -> bool:
         return self.filesystem.get_file_info(self.full(path)).type != fs.FileType.NotFound
 
-    def size(self, path: str) -> int:
-        """Bytes of a file."""
-        return self.filesystem.get_file_info(self.full(path)).size
-
     def read(self, path: str) -> bytes:
         with self.filesystem.open_input_file(self.full(path)) as file:
             return file.read()
@@ -77,12 +73,6 @@ class Storage:
     def create(self, path: str) -> _Writer:
         """A writer for files too large for memory. Use it as a context manager; the file appears when it closes."""
         return _Writer(self, self.full(path))
-
-    def folders(self, path: str) -> list[str]:
-        """Names of the folders directly in `path`, sorted."""
-        selector = fs.FileSelector(self.full(path), recursive=False, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
     def delete(self, path: str) -> None:
         """Removes a file or a whole folder; it may be absent."""
@@ -118,7 +108,10 @@ class _Writer:
         self._target = target
         if storage.is_local:
             folder, name = posixpath.split(target)
-            storage.filesystem.create_dir(folder, recursive=True)
+            try:
+                storage.filesystem.create_dir(folder, recursive=True)
+            except OSError as error:
+                raise StorageError(f"{storage.url}: the folder '{folder}' cannot be made ({error})") from error
             self._temporary = posixpath.join(folder, f"{HIDDEN}{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         else:
             self._temporary = os.path.join(tempfile.gettempdir(), f"hubert-ray-upload-{uuid.uuid4().hex}")

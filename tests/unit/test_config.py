@@ -62,6 +62,7 @@ def test_overrides_reach_nested_settings_by_name():
         ("iterations.iter1.pretrain.crop_lengths=0", "expected int >= 1"),
         ("iterations.iter1.pretrain.checkpoint_steps=0", "expected int >= 1"),
         ("iterations.iter1.pretrain.batch_seconds=1.0", "at least one micro-batch"),
+        ("iterations.iter1.pretrain.min_crop_seconds=0.01", "too short for"),
         ("iterations.iter1.model.position_groups=7", "multiple of model.position_groups"),
         ("iterations.iter1.model.dropout=2.0", "expected float < 1.0"),
         ("iterations.iter1.model=bsae", "did you mean 'base'"),
