@@ -180,12 +180,11 @@ def _presets(_: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from hubert_ray.speech_model import load
+    from hubert_ray.speech_model import load, path_of
 
-    run, _, iteration = options.name.partition("/")
-    if not run or not iteration or "/" in iteration or ".." in (run, iteration):
-        raise RecipeError(f"'{options.name}': give a name of the form <run>/<iteration>, such as public/base")
-    print(load(options.model).store(Storage(options.storage), options.name))
+    path_of(options.name)  # a wrong name or place is told before the model is read
+    storage = Storage(options.storage)
+    print(load(options.model).store(storage, options.name))
 
 
 def _export(options: argparse.Namespace) -> None:

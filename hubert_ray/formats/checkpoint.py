@@ -14,9 +14,9 @@ from typing import Any
 from hubert_ray.config.sizes import SIZES, ModelSize
 from hubert_ray.data.frames import CONV_KERNELS
 from hubert_ray.formats.names import InteropError, State
+from hubert_ray.model.frontend import Norm
 
 BLANK, SEPARATOR = "<blank>", "|"
-_HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 16}  # of all published sizes, where a file does not say
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,45 @@ def size_of(
     normalize: bool | None = None,
     **training: float | None,
 ) -> ModelSize:
-    """The shape of these weights. What neither they nor the file's settings say is as in the published sizes."""
+    """The shape of these weights. What neither they nor the file's settings say is as in the published size of this shape;
+    raises InteropError where there is none and the features would depend on it."""
     layers = sum(name.endswith(".qkv.weight") for name in encoder)
     layer_norms = "conv.layers.1.norm_weight" in encoder
     dim, per_group, kernel = encoder["position.weight_v"].shape
     ffn_dim, channels = len(encoder["layers.0.ffn_in.bias"]), encoder["conv.layers.0.weight"].shape[0]
     kernels = tuple(encoder[f"conv.layers.{i}.weight"].shape[2] for i in range(7))
     refuse_unless(where, kernels == tuple(CONV_KERNELS), "conv kernels", kernels, CONV_KERNELS)
-    published = {(size.dim, size.layers, size.ffn_dim): size for size in SIZES.values()}.get((dim, layers, ffn_dim))
-    if heads is None and (heads := published.heads if published else _HEADS_OF_WIDTH.get(dim)) is None:
-        raise InteropError(f"{where}: says nothing of attention heads, and no published model is {dim} wide")
-    if dim % heads:
+    conv_norm: Norm = "layer" if layer_norms else "group"
+    shape = (dim, layers, ffn_dim, conv_norm)
+    published = {(size.dim, size.layers, size.ffn_dim, size.conv_norm): size for size in SIZES.values()}.get(shape)
+    if published:
+        heads = published.heads if heads is None else heads
+        norm_first = published.norm_first if norm_first is None else norm_first
+        normalize = published.normalize_waveform if normalize is None else normalize
+    if heads is None or norm_first is None or normalize is None:
+        raise InteropError(
+            f"{where}: found weights of {layers} blocks {dim} wide, which is no published size, without settings that tell "
+            "attention heads, where the norms stand and whether waveforms are normalised; give the folder that has them, "
+            "with config.json or model.json beside the weights"
+        )
+    if heads < 1 or dim % heads:
         raise InteropError(f"{where}: found {heads} attention heads for a width of {dim}, expected a divisor of it")
     plain = {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0, "layer_drop": 0.0}
     defaults = {name: getattr(published, name) for name in plain} if published else plain
     defaults["conv_grad_scale"] = published.conv_grad_scale if published else 1.0
     return ModelSize(
         conv_channels=channels,
-        conv_norm="layer" if layer_norms else "group",
+        conv_norm=conv_norm,
         conv_bias="conv.layers.1.bias" in encoder,
         layers=layers,
         dim=dim,
         ffn_dim=ffn_dim,
         heads=heads,
-        norm_first=layer_norms if norm_first is None else norm_first,
+        norm_first=norm_first,
         position_kernel=kernel,
         position_groups=dim // per_group,
         codeword_dim=published.codeword_dim if published else dim,
-        normalize_waveform=layer_norms if normalize is None else normalize,
+        normalize_waveform=normalize,
         **(defaults | {name: float(value) for name, value in training.items() if value is not None}),
     )
 
@@ -79,6 +90,8 @@ def alphabet_of(symbols: Sequence[str], blank: str, head: State, where: Path) ->
             f"{where}: found {len(symbols)} letters for {rows} outputs; expected a name for each, as in Hugging Face's "
             "vocab.json, fairseq's dict.ltr.txt or our labels.txt"
         )
+    if blank not in symbols[:rows]:
+        raise InteropError(f"{where}: found no row for CTC's blank, expected one called {blank!r}")
     return tuple(
         BLANK if symbol == blank else symbol.upper() if len(symbol) == 1 else symbol for symbol in symbols[:rows]
     )

@@ -15,13 +15,14 @@ import safetensors.torch
 from hubert_ray.data.frames import CONV_KERNELS, CONV_STRIDES, SAMPLE_RATE
 from hubert_ray.formats import names
 from hubert_ray.formats.checkpoint import BLANK, SEPARATOR, Checkpoint, alphabet_of, read_json, refuse_unless, size_of
-from hubert_ray.formats.names import InteropError
-from hubert_ray.formats.tensors import load_tensors
+from hubert_ray.formats.names import InteropError, State
+from hubert_ray.model.frontend import NORM_EPS
 
 _BLANK = "<pad>"
 
 
-def read(folder: Path, config: dict[str, Any]) -> Checkpoint:
+def read(folder: Path, config: dict[str, Any], state: State) -> Checkpoint:
+    """The checkpoint of a folder with these settings and weights."""
     kind = config.get("model_type")
     if kind not in ("hubert", "wav2vec2"):
         raise InteropError(f"{folder}: found model_type {kind!r}, expected 'hubert' or 'wav2vec2'")
@@ -32,24 +33,23 @@ def read(folder: Path, config: dict[str, Any]) -> Checkpoint:
         ("conv_pos_batch_norm", False),
         ("conv_kernel", list(CONV_KERNELS)),
         ("conv_stride", list(CONV_STRIDES)),
+        ("layer_norm_eps", NORM_EPS),
         ("add_adapter", False),
         ("adapter_attn_dim", None),
     ):
         found = config.get(name, expected)
         refuse_unless(folder, found == expected, name, found, expected)
     refuse_unless(folder, len(set(config.get("conv_dim", [512]))) == 1, "conv_dim", config.get("conv_dim"))
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
-    if not files:
-        raise InteropError(f"{folder}: found neither model.safetensors nor pytorch_model.bin beside config.json")
-    state = load_tensors(files[0])
     preprocessing = folder / "preprocessor_config.json"
+    # Without that file as in all published models, which normalise where they have layer norms between the convs.
+    layer_norms = config.get("feat_extract_norm", "group") == "layer"
     encoder = names.inward(state, "hugging_face")
     size = size_of(
         encoder,
         folder,
         heads=config.get("num_attention_heads", 12),
         norm_first=config.get("do_stable_layer_norm", False),
-        normalize=read_json(preprocessing).get("do_normalize", True) if preprocessing.exists() else None,
+        normalize=read_json(preprocessing).get("do_normalize", True) if preprocessing.exists() else layer_norms,
         dropout=config.get("hidden_dropout"),
         attention_dropout=config.get("attention_dropout"),
         activation_dropout=config.get("activation_dropout"),
@@ -58,10 +58,14 @@ def read(folder: Path, config: dict[str, Any]) -> Checkpoint:
     )
     if "lm_head.weight" not in state:
         return Checkpoint(size, encoder)
-    vocabulary = read_json(folder / "vocab.json") if (folder / "vocab.json").exists() else {}
+    vocabulary: dict[str, int] = {}
+    for name in ("vocab.json", "added_tokens.json"):
+        vocabulary |= read_json(folder / name) if (folder / name).exists() else {}
     symbols = sorted(vocabulary, key=vocabulary.__getitem__)
     head = {"weight": state["lm_head.weight"], "bias": state["lm_head.bias"]}
-    return Checkpoint(size, encoder, letters=head, alphabet=alphabet_of(symbols, _BLANK, head, folder))
+    # The blank is the padding's row, whatever that is called: "<pad>" in published models, often "[PAD]" in others.
+    blank = {row: symbol for symbol, row in vocabulary.items()}.get(config.get("pad_token_id", 0), _BLANK)
+    return Checkpoint(size, encoder, letters=head, alphabet=alphabet_of(symbols, blank, head, folder))
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> list[Path]:
@@ -90,7 +94,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[Path]:
         "activation_dropout": size.activation_dropout,
         "feat_proj_dropout": size.input_dropout,
         "layerdrop": size.layer_drop,
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": NORM_EPS,
     }
     preprocessing = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -106,9 +110,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[Path]:
         state = {f"hubert.{name}": value for name, value in state.items()}
         state |= {f"lm_head.{name}": value for name, value in checkpoint.letters.items()}
         config |= {"vocab_size": len(checkpoint.alphabet), "pad_token_id": checkpoint.alphabet.index(BLANK)}
-        texts["vocab.json"] = {
-            _BLANK if symbol == BLANK else symbol: row for row, symbol in enumerate(checkpoint.alphabet)
-        }
+        texts["vocab.json"] = _vocabulary(checkpoint.alphabet)
         texts["tokenizer_config.json"] = {
             "tokenizer_class": "Wav2Vec2CTCTokenizer",
             "pad_token": _BLANK,
@@ -122,3 +124,12 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[Path]:
     for name, text in texts.items():
         (folder / name).write_text(json.dumps(text, indent=2) + "\n")
     return [folder / "model.safetensors", *(folder / name for name in texts)]
+
+
+def _vocabulary(alphabet: tuple[str, ...]) -> dict[str, int]:
+    """A name for every row. The blank's is taken: fairseq's own `<pad>`, a row that never wins, gets another."""
+    rows = {_BLANK: alphabet.index(BLANK)}
+    for row, symbol in enumerate(alphabet):
+        if symbol != BLANK:
+            rows[symbol if symbol not in rows else f"<row-{row}>"] = row
+    return rows

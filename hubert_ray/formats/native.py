@@ -10,7 +10,6 @@ import safetensors.torch
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.formats.checkpoint import Checkpoint
 from hubert_ray.formats.names import InteropError, State
-from hubert_ray.formats.tensors import load_tensors
 from hubert_ray.storage import layout
 
 
@@ -23,13 +22,12 @@ class ModelCard(msgspec.Struct, frozen=True):
     alphabet: tuple[str, ...] = ()  # what each output stands for; for "ctc"
 
 
-def read(folder: Path) -> Checkpoint:
-    """The checkpoint of a training stage, or an imported one."""
+def read(folder: Path, state: State) -> Checkpoint:
+    """The checkpoint of a training stage, or an imported one; `state` is what its file of weights holds."""
     try:
         card = msgspec.json.decode((folder / layout.MODEL_CONFIG).read_bytes(), type=ModelCard)
     except (OSError, msgspec.DecodeError) as error:
         raise InteropError(f"{folder / layout.MODEL_CONFIG}: cannot be read ({error})") from error
-    state = load_tensors(folder / layout.MODEL)
     head = _below(state, "head.") or None
     return Checkpoint(
         card.size,

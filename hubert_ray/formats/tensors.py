@@ -32,11 +32,6 @@ _INERT = (
     "argparse.Namespace",
     "fairseq.data.dictionary.Dictionary",
     "fairseq.dataclass.configs.FairseqConfig",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
 )
 
 
@@ -47,15 +42,21 @@ def load_tensors(path: Path) -> dict[str, Any]:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([(_Record, name) for name in _INERT]):  # type: ignore[list-item]
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ) as error:
         if found := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
             raise InteropError(
-                f"{path}: holds an object of {found[1]}, which would run code when opened; expected tensors, numbers, "
+                f"{path}: holds an object of {found[1]}, which is not known to be plain data; expected tensors, numbers, "
                 "texts and plain containers. Save its state dict with the tool that wrote it, and read that"
             ) from None
-        raise InteropError(
-            f"{path}: not a readable checkpoint ({(str(error) or 'it ends too early').splitlines()[0]})"
-        ) from error
+        raise InteropError(f"{path}: not a checkpoint, or a damaged one{_reason(error)}") from error
     if not isinstance(content, dict):
         raise InteropError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
     return content
@@ -64,14 +65,14 @@ def load_tensors(path: Path) -> dict[str, Any]:
 def fields_of(record: Any) -> dict[str, Any]:
     """Settings as a plain dict, whichever object they were stored as."""
     if isinstance(record, _Record):
-        fields = vars(record)
-        if "_content" in fields:  # omegaconf: a node's value is in `_val`, a container's in `_content`
-            return {name: _value(node) for name, node in (fields["_content"] or {}).items()}
-        return {name: value for name, value in fields.items() if name != "arguments"}
+        return {name: value for name, value in vars(record).items() if name != "arguments"}
     return dict(record) if isinstance(record, Mapping) else {}
 
 
-def _value(node: Any) -> Any:
-    if isinstance(node, _Record):
-        return vars(node)["_val"] if "_val" in vars(node) else fields_of(node)
-    return node
+def _reason(error: Exception) -> str:
+    """What went wrong, in brackets; without torch's advice to open the file with `weights_only=False`, which runs code."""
+    text = str(error)
+    found = re.search(r"WeightsUnpickler error: (.+)", text)
+    if found or "weights_only" not in text:
+        return f" ({found[1] if found else (text or 'it ends too early').splitlines()[0]})"
+    return ""

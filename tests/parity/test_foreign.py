@@ -195,3 +195,25 @@ def test_a_recogniser_opens_in_transformers_and_torchaudio(wave_S, tmp_path):
     assert text.strip() == ours.transcribe(wave_S)
     ours.save("torchaudio", tmp_path / "ta")
     assert_same([wanted[0]], [torchaudio_model(tmp_path / "ta")(wave_1S)[0].log_softmax(2).detach()])
+
+
+def test_fairseqs_letters_are_decoded_by_transformers(wave_S, tmp_path):
+    """Its dictionaries have a `<pad>` of their own beside the blank, and its letters stand in another order."""
+    from transformers import AutoTokenizer, HubertForCTC
+
+    from hubert_ray.formats.checkpoint import BLANK
+
+    symbols = (BLANK, "<pad>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
+    torch.manual_seed(0)
+    head = torch.nn.Linear(TINY.dim, len(symbols)).state_dict()
+    head["bias"][0] += 1.0
+    head["bias"][1:4] = -1e4  # never in any transcript
+    checkpoint = Checkpoint(TINY, checkpoint_of(TINY).encoder, letters=head, alphabet=symbols)
+    SpeechModel(checkpoint).save("fairseq", tmp_path / "fs")
+    ours = hubert_ray.load(tmp_path / "fs" / "model.pt")
+    ours.save("hugging_face", tmp_path / "hf")
+    theirs = HubertForCTC.from_pretrained(tmp_path / "hf").eval()
+    rows_T = theirs(prepared(ours, wave_S)).logits[0].argmax(1)
+    assert 0 in rows_T and len(set(rows_T.tolist())) > 2, "the test needs blanks and letters"
+    assert ours.transcribe(wave_S)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").decode(rows_T).strip() == ours.transcribe(wave_S)
