@@ -29,7 +29,8 @@ class Cluster(Settings, frozen=True, kw_only=True):
     concurrent_trials: Count = 2  # fine-tuning trials side by side
     trial_workers: Count = 1  # training workers of each trial
     zero_stage: Literal[0, 1, 2] = 1  # DeepSpeed ZeRO; 964 M parameters need no stage 3
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 wants zero_stage 1 or 2, which keep fp32 weights beside
+    recompute: bool = False  # blocks' activations again in the backward pass: a third more compute, far less memory
     max_failures: Natural = 3  # lost workers that a stage survives
     keep_checkpoints: Count = 2
     object_store_mib: Count = 512  # of a Ray that we start ourselves

@@ -6,7 +6,6 @@ laid end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz, of 
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Iterator
 
@@ -37,10 +36,12 @@ class LabelStore:
         self._values = np.memmap(self._file, dtype=np.uint16, mode="w+", shape=(max(1, int(self._bounds[-1])),))
         found = np.zeros(len(manifest), dtype=bool)
         ids = manifest.table["utterance_id"].combine_chunks()
-        for shard in manifest.shards():
+        for shard, rows_N in _rows_by_shard(manifest):
             part = schemas.decode(storage.read(f"{labels_path}/{layout.part(shard)}"))
             self._check_rate(part, shard)
-            self._copy(part, pc.index_in(part["utterance_id"], value_set=ids), found)
+            # Looked up among the shard's own ids: an index of all of them would be built anew for every shard.
+            place_P = pc.index_in(part["utterance_id"], value_set=ids.take(rows_N)).to_numpy(zero_copy_only=False)
+            self._copy(part, rows_N, place_P, found)
         if not found.all():
             missing = ids[int(np.flatnonzero(~found)[0])].as_py()
             raise LabelError(
@@ -53,19 +54,26 @@ class LabelStore:
         if rates not in ([self.frame_rate_hz], []):
             raise LabelError(f"labels of shard {shard} are at {rates} Hz, expected {self.frame_rate_hz} Hz")
 
-    def _copy(self, part: pa.Table, rows: pa.ChunkedArray, found: np.ndarray) -> None:
-        for k, (row, own) in enumerate(zip(rows.to_pylist(), _rows(part["labels"]), strict=True)):
-            if row is None:
-                continue  # labels of an utterance outside this selection, such as a dev utterance
-            start, stop = int(self._bounds[row]), int(self._bounds[row + 1])
-            if len(own) != stop - start or found[row]:
-                name = part["utterance_id"][k].as_py()
-                raise LabelError(
-                    f"'{name}' has {len(own)} labels{' a second time' if found[row] else ''}; its audio has "
-                    f"{stop - start} frames at {self.frame_rate_hz} Hz. Run assign_labels again."
-                )
-            self._values[start:stop] = own
-            found[row] = True
+    def _copy(self, part: pa.Table, rows_N: np.ndarray, place_P: np.ndarray, found: np.ndarray) -> None:
+        """`place_P`: for each row of the part its place in `rows_N`; NaN for one outside this selection, as of the dev split."""
+        values, offsets = _flat(part["labels"])
+        chosen_M = np.flatnonzero(~np.isnan(place_P))
+        rows_M = rows_N[place_P[chosen_M].astype(np.int64)]
+        counts_M, expected_M = np.diff(offsets)[chosen_M], np.diff(self._bounds)[rows_M]
+        again_M = np.ones(len(rows_M), dtype=bool)
+        again_M[np.unique(rows_M, return_index=True)[1]] = False
+        wrong = np.flatnonzero((counts_M != expected_M) | again_M)
+        if len(wrong):
+            k = wrong[0]
+            name = part["utterance_id"][int(chosen_M[k])].as_py()
+            raise LabelError(
+                f"'{name}' has {counts_M[k]} labels{' a second time' if again_M[k] else ''}; its audio has "
+                f"{expected_M[k]} frames at {self.frame_rate_hz} Hz. Run assign_labels again."
+            )
+        within = np.arange(counts_M.sum()) - np.repeat(np.cumsum(counts_M) - counts_M, counts_M)
+        source, target = offsets[chosen_M], self._bounds[rows_M]
+        self._values[np.repeat(target, counts_M) + within] = values[np.repeat(source, counts_M) + within]
+        found[rows_M] = True
 
     def window(self, row: int, window: slice) -> np.ndarray:
         """Labels of one utterance at the frames of `window` (see data/frames.py), uint16."""
@@ -73,9 +81,16 @@ class LabelStore:
         return self._values[start:stop][window]
 
 
-def _rows(lists: pa.ChunkedArray) -> Iterator[np.ndarray]:
-    """The values of each list, without copies. Offsets count within their chunk's `values`, also in a slice."""
-    for chunk in lists.chunks:
-        values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
-        for start, stop in itertools.pairwise(offsets.tolist()):
-            yield values[start:stop]
+def _rows_by_shard(manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
+    """Each shard with its rows, ascending; one pass over the manifest."""
+    shards = manifest.table["shard"].combine_chunks().dictionary_encode()
+    numbers = shards.indices.to_numpy()
+    order = np.argsort(numbers, kind="stable")
+    cuts = np.cumsum(np.bincount(numbers, minlength=len(shards.dictionary)))
+    yield from zip(shards.dictionary.to_pylist(), np.split(order, cuts[:-1]), strict=True)
+
+
+def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """(all values, offsets): list i is values[offsets[i] : offsets[i + 1]]. Without copies where there is one chunk."""
+    whole = lists.combine_chunks()
+    return whole.values.to_numpy(), whole.offsets.to_numpy().astype(np.int64)

@@ -13,11 +13,14 @@ import ray
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.errors import RecipeError
 
+DRIVER_CPUS = 0.1  # of a trial that only waits for its training workers, who ask for their own
+
 # Inherited by every worker process, so they must stand in the environment before Ray starts.
 _WORKER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker that asked for no GPU sees none
 }
 
 
@@ -25,8 +28,10 @@ _WORKER_ENVIRONMENT = {
 def connected(cluster: Cluster) -> Iterator[None]:
     """Inside this block Ray is up and has the CPUs and GPUs that the settings need; a Ray of our own ends with it.
 
-    Raises RecipeError where the cluster, at the size it has or may scale to, cannot hold the training workers.
+    Raises RecipeError for settings that exclude each other, and where this machine is too small for them. A cluster's size
+    is not checked: it may grow, and until then Ray waits.
     """
+    check_settings(cluster)
     if ray.is_initialized():
         yield
         return
@@ -48,22 +53,44 @@ def connected(cluster: Cluster) -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         if not address:
-            _check_fits(cluster)
+            check_fits(cluster, ray.cluster_resources())  # a Ray of our own never grows: it would wait for ever
         yield
     finally:
         ray.shutdown()
 
 
-def _check_fits(cluster: Cluster) -> None:
-    """A local Ray never grows: asking for more than it has would wait for ever."""
-    have = ray.cluster_resources()
-    need = {
-        "CPU": cluster.train_workers * cluster.train_cpus,
-        "GPU": cluster.train_workers * cluster.train_gpus,
-    }
-    for name, amount in need.items():
-        if amount > have.get(name, 0):
-            raise RecipeError(
-                f"{cluster.train_workers} training workers need {amount:g} {name}; this machine offers {have.get(name, 0):g}. "
-                f"Lower --cluster train_workers or train_{name.lower()}s, or name a cluster with --cluster address=…"
-            )
+def check_settings(cluster: Cluster) -> None:
+    """Raises RecipeError for settings that no cluster can carry out, before anything has run."""
+    if cluster.precision == "bf16" and cluster.zero_stage == 0:
+        raise RecipeError(
+            "precision=bf16 with zero_stage=0: expected zero_stage 1 or 2, which train float32 weights and compute in bf16. "
+            "Leave --cluster zero_stage away, or train with precision=fp32"
+        )
+    if 0 < cluster.train_gpus < 1 and max(cluster.train_workers, cluster.trial_workers) > 1:
+        raise RecipeError(
+            f"train_gpus={cluster.train_gpus:g} for {cluster.train_workers} training workers and {cluster.trial_workers} per "
+            "trial: workers of one training cannot share a GPU (NCCL refuses). Use --cluster train_gpus=1, or one worker"
+        )
+
+
+def check_fits(cluster: Cluster, have: dict[str, float]) -> None:
+    """Raises RecipeError where what must run at one time to get on is more than `have` (Ray's name -> amount)."""
+    training = cluster.train_workers_min or cluster.train_workers
+    trial = min(cluster.train_workers_min or cluster.trial_workers, cluster.trial_workers)
+    waiting = 0.0 if cluster.trial_workers == 1 else DRIVER_CPUS * cluster.concurrent_trials
+    holders = cluster.kmeans_workers * cluster.kmeans_cpus
+    pools = [  # who; CPUs, GPUs; what would make it smaller
+        (f"{training} training workers", training * cluster.train_cpus, training * cluster.train_gpus,
+         "train_workers, train_cpus or train_gpus"),
+        (f"a trial of {trial} training workers", trial * cluster.train_cpus + waiting, trial * cluster.train_gpus,
+         "trial_workers, train_cpus, train_gpus or concurrent_trials"),
+        (f"a data worker beside {cluster.kmeans_workers} k-means workers", cluster.data_cpus + holders, cluster.data_gpus,
+         "data_cpus, data_gpus, kmeans_workers or kmeans_cpus"),
+    ]  # fmt: skip
+    for who, cpus, gpus, smaller in pools:
+        for name, amount in (("CPU", cpus), ("GPU", gpus)):
+            if amount > have.get(name, 0):
+                raise RecipeError(
+                    f"{who}: {amount:g} {name} needed, this machine offers {have.get(name, 0):g}. "
+                    f"Lower --cluster {smaller}, or name a cluster with --cluster address=…"
+                )

@@ -20,6 +20,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from hubert_ray.config.cluster import Cluster
+from hubert_ray.distributed.cluster import DRIVER_CPUS
 from hubert_ray.distributed.shard_map import user_error
 from hubert_ray.distributed.telemetry import Progress
 from hubert_ray.distributed.train_loop import TrainJob, fit, reports, train_alone
@@ -84,7 +85,7 @@ def run_trials(
 
 def _resources(cluster: Cluster) -> dict[str, float]:
     if cluster.trial_workers > 1:
-        return {"cpu": 0.1}  # the trial only waits for its workers, who ask for their own
+        return {"cpu": DRIVER_CPUS}
     return {"cpu": cluster.train_cpus, "gpu": cluster.train_gpus}
 
 

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,6 +48,18 @@ class StepLoss:
 
     total: torch.Tensor  # a sum; divided by the step's global count before the backward pass
     sums: torch.Tensor  # (n,) float64, detached: what metrics are made of; adds up over micro-batches and workers
+
+    @classmethod
+    def of(cls, total: torch.Tensor, sums: Sequence[torch.Tensor | float]) -> StepLoss:
+        """`sums` are plain numbers and scalars on the device of `total`, where NCCL wants to find them all."""
+
+        def scalar(value: torch.Tensor | float) -> torch.Tensor:
+            if isinstance(value, torch.Tensor):
+                return value.detach().double()
+            # filled in on the device: a copy from the host would wait for the forward pass
+            return torch.full((), value, dtype=torch.float64, device=total.device)
+
+        return cls(total, torch.stack([scalar(value) for value in sums]))
 
 
 class Task(Protocol):
@@ -104,7 +116,7 @@ def fit(job: TrainJob, cluster: Cluster, workers: int, callbacks: list[Any] | No
     `callbacks` are Ray Train's; a Tune trial passes one that carries reports on.
     """
     if cluster.train_workers_min and workers > 1:
-        scale: int | tuple[int, int] = (cluster.train_workers_min, workers)
+        scale: int | tuple[int, int] = (min(cluster.train_workers_min, workers), workers)  # a trial may have fewer
     else:
         scale = workers
     resources = {"CPU": cluster.train_cpus} | ({"GPU": cluster.train_gpus} if cluster.train_gpus else {})
@@ -152,7 +164,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 def train_alone(job: TrainJob, cluster: Cluster, report: Callable[[dict[str, float]], None]) -> None:
     """The same training by this process only, for callers that are a worker already, such as a Tune trial."""
-    device = torch.device("cuda" if cluster.train_gpus else "cpu")
+    device = torch.device("cuda:0" if cluster.train_gpus else "cpu")
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -173,6 +185,10 @@ def train(
 ) -> None:
     """One worker's part, inside an initialised process group: find the newest checkpoint, go on to the last step."""
     torch.set_num_threads(max(1, int(cluster.train_cpus)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # DeepSpeed takes this for the number of the GPU, which it is not where workers have two GPUs, or share one.
+        os.environ["LOCAL_RANK"] = str(device.index)
     torch.manual_seed(job.seed)  # the same initial weights on every rank
     task = job.factory()
     start = _newest_checkpoint(job, device)
@@ -217,6 +233,7 @@ class _Loop:
         batches = self._batches(start)
         since, clock = start, time.perf_counter()
         self._engine.train()
+        self._repeat_reports(start)
         for step in range(start, job.steps):
             self._step(step, batches)
             done = step + 1
@@ -228,10 +245,10 @@ class _Loop:
                 since, clock = done, time.perf_counter()
                 if telemetry:
                     telemetry.log(row)
+            if done in job.report_steps:
+                self._report(done)  # before saving: who dies in between reports again, and never goes on without
             if saves:
                 checkpoint.save(self._engine, done, job.storage, job.folder, self._cluster.keep_checkpoints)
-            if done in job.report_steps:
-                self._report(done)
         self._export()
         if telemetry:
             telemetry.close()
@@ -286,6 +303,13 @@ class _Loop:
             )
         return {"step": done, **row, "learning_rate": self._task.learning_rate(done - 1), "seconds": seconds}
 
+    def _repeat_reports(self, start: int) -> None:
+        """Tells again what was reported before the checkpoint: a restored search may not have heard. ASHA counts it once."""
+        if self._report_to:
+            for row in reports(self._job.storage, self._job.folder):
+                if row["step"] <= start:
+                    self._report_to(row)
+
     def _report(self, done: int) -> None:
         """Evaluates and tells whoever asked. Exported first: a scheduler may end a trial as soon as it hears of a result."""
         self._export()
@@ -312,5 +336,5 @@ class _Loop:
 
 
 def _mix(seed: int, step: int, index: int) -> int:
-    """One 63-bit seed from three numbers."""
-    return int(np.random.SeedSequence([seed, step, index]).generate_state(2, np.uint32).astype(np.uint64) @ [1, 2**31])
+    """One 64-bit seed from three numbers. Both halves are well mixed: torch's CPU generator looks at the lower one only."""
+    return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0])

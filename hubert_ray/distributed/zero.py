@@ -32,7 +32,7 @@ def engine(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, cluster: Cluster, accumulation: int, clip_norm: float
 ) -> Any:
     """A DeepSpeed engine over the initialised process group; weights are as they are in `model`."""
-    if not torch.cuda.is_available():
+    if next(model.parameters()).device.type == "cpu":  # also where the machine has a GPU that is not this worker's
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # slow to import, and wants the accelerator chosen first
 
@@ -74,10 +74,15 @@ def prepare_moments(trainer: Any, step: int) -> None:
     inner = trainer.optimizer if zero == 0 else trainer.optimizer.optimizer
     for group in inner.param_groups:
         for tensor in group["params"]:
-            empty = {key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS}
-            inner.state[tensor] = {"step": torch.tensor(float(step)), **empty}
+            inner.state[tensor] = _empty_state(tensor, step)
     if zero in (1, 2):
         trainer.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _empty_state(tensor: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    """What AdamW keeps of one parameter. Fused kernels want all of it on the parameter's device, the step count too."""
+    moments = {key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS}
+    return {"step": torch.full((), float(step), device=tensor.device), **moments}
 
 
 def load_states(trainer: Any, states: Iterable[ParameterState]) -> None:

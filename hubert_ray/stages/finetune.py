@@ -74,14 +74,16 @@ class CtcLoss(nn.Module):
         log_probs_BTV, frames_B = self.model(wave_BS, batch.audio.samples_B, batch.mask.time_BT, batch.mask.channel_BD)
         total = ctc_loss_sum(log_probs_BTV, frames_B, batch.letters_BU, batch.counts_B)
         seconds = int(batch.audio.samples_B.sum()) / SAMPLE_RATE
-        sums = [total.detach().double().cpu(), torch.tensor(float(len(frames_B))), torch.tensor(seconds)]
-        return StepLoss(total, torch.stack([s.double() for s in sums]))
+        return StepLoss.of(total, [total, len(frames_B), seconds])
 
 
 class CtcTask:
     """CTC training on the transcribed subset, as the training loop wants it (distributed/train_loop.py)."""
 
-    def __init__(self, corpus: str, model: ModelAt, start: Start, settings: Finetune, choice: Choice, title: str):
+    def __init__(
+        self, corpus: str, model: ModelAt, start: Start, settings: Finetune, choice: Choice, title: str,
+        recompute: bool = False,
+    ):  # fmt: skip
         self.title = title
         self._settings, self._choice = settings, choice
         manifest = Manifest.read(model.storage, corpus)
@@ -101,6 +103,7 @@ class CtcTask:
             network = HubertCtc.from_pretrained(model.encoder(), settings)
         else:
             network = HubertCtc(card.size, settings=settings, train_conv=True)
+        network.encoder.recompute_layers = recompute
         self._width = card.size.dim
         self.module = CtcLoss(network)
         self.optimizer = adamw(self.module.parameters(), settings.betas, settings.eps)
@@ -169,7 +172,9 @@ def finetune(work: Work, start: Start, settings: Finetune, sweep: Sweep) -> dict
         Trial(
             name=f"{number:03d}",
             job=TrainJob(
-                factory=partial(CtcTask, corpus, model, start, settings, choice, f"{work.name}/{number:03d}"),
+                factory=partial(
+                    CtcTask, corpus, model, start, settings, choice, f"{work.name}/{number:03d}", work.cluster.recompute
+                ),
                 storage=work.storage,
                 folder=work.output.file(f"trials/{number:03d}"),
                 steps=settings.steps,

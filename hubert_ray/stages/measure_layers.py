@@ -25,6 +25,7 @@ from hubert_ray.units.quality import PhoneCounts
 
 PASSES = 15
 SEED = 0
+FRAMES_PER_CLUSTER = 10  # at least: of so little audio, more clusters than that would only learn it by heart
 
 
 class _LayerScore:
@@ -45,12 +46,12 @@ class _LayerScore:
         encoder = self._model.encoder() if kind == "trained" else self._model.untrained(SEED)
         extract = LayerExtractor(encoder, int(layer))
         centroids_KD = _fit(np.concatenate(extract(self._fit_on)), self._clusters)
-        counts = PhoneCounts(self._clusters)
+        counts = PhoneCounts(len(centroids_KD))
         for frames_FD, phones in zip(extract(self._waves), self._phones, strict=True):
             counts.add(phones, kmeans.assign(frames_FD, centroids_KD)[0], extract.frame_rate_hz)
         quality = counts.quality()
         assert quality is not None
-        return {"quality": msgspec.to_builtins(quality)}
+        return {"quality": msgspec.to_builtins(quality), "clusters": len(centroids_KD)}
 
 
 def _draw(reader: AudioReader, manifest: Manifest, seconds: float) -> tuple[list[np.ndarray], list]:
@@ -63,23 +64,29 @@ def _draw(reader: AudioReader, manifest: Manifest, seconds: float) -> tuple[list
 
 
 def _fit(frames_ND: np.ndarray, clusters: int) -> np.ndarray:
+    """Centroids (K, D); K is `clusters`, or as many as the frames suffice for."""
     rng = np.random.default_rng(SEED)
-    centroids_KD = kmeans.seed(frames_ND[rng.permutation(len(frames_ND))[:10_000]], clusters, 1, rng)
+    clusters = max(1, min(clusters, len(frames_ND) // FRAMES_PER_CLUSTER))
+    seeding = rng.permutation(len(frames_ND))[: max(10_000, 30 * clusters)]
+    centroids_KD = kmeans.seed(frames_ND[seeding], clusters, 1, rng)
     for _ in range(PASSES):
         centroids_KD = kmeans.update(kmeans.partial(frames_ND, centroids_KD), centroids_KD)
     return centroids_KD
 
 
 def measure_layers(work: Work, layers: int, clusters: int, seconds: float) -> dict[str, Any]:
-    """Writes `quality.json`: per layer 0..L the quality of the trained and of an untrained model; none without phones."""
+    """Writes `quality.json`: per layer 0..L the quality of the trained and of an untrained model; none without phones.
+
+    The fact `clusters` says how many there were: fewer than asked for where `seconds` of audio do not suffice.
+    """
     if not pc.any(pc.is_valid(work.manifest().table["phones"])).as_py():
         work.output.write_json(layout.QUALITY, [])
         return {"layers": 0}
     keys = [f"{kind}/{layer}" for kind in ("trained", "untrained") for layer in range(layers + 1)]
     score = partial(_LayerScore, model_at(work.inputs["model"]), work.inputs["corpus"].path, clusters, seconds)
-    found = {row["shard"]: row["quality"] for row in shard_map(score, keys, work.cluster)}
+    found = {row["shard"]: row for row in shard_map(score, keys, work.cluster)}
     table = [
-        {"layer": layer, "trained": found[f"trained/{layer}"], "untrained": found[f"untrained/{layer}"]}
+        {"layer": layer} | {kind: found[f"{kind}/{layer}"]["quality"] for kind in ("trained", "untrained")}
         for layer in range(layers + 1)
     ]
     for row in table:
@@ -89,4 +96,4 @@ def measure_layers(work: Work, layers: int, clusters: int, seconds: float) -> di
             flush=True,
         )
     work.output.write_json(layout.QUALITY, table)
-    return {"layers": layers}
+    return {"layers": layers, "clusters": found["trained/0"]["clusters"]}

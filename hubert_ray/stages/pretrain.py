@@ -48,9 +48,10 @@ class Masked:
 class MaskedPrediction(nn.Module):
     """The model with its loss, so that ZeRO sees one forward pass."""
 
-    def __init__(self, model: Hubert, settings: Pretrain):
+    def __init__(self, model: Hubert, settings: Pretrain, recompute: bool = False):
         super().__init__()
         self.model = model
+        self.model.encoder.recompute_layers = recompute
         self._settings = settings
 
     def forward(self, batch: Masked) -> StepLoss:
@@ -59,11 +60,11 @@ class MaskedPrediction(nn.Module):
             self.model, self.model(wave_BS, batch.mask_BT), batch.labels_BT, batch.mask_BT, self._settings
         )
         seconds = batch.wave_BS.numel() / 16_000
-        sums = [
+        sums: list[torch.Tensor | float] = [
             parts.masked_nats, parts.masked_correct, parts.masked_total, parts.unmasked_correct, parts.unmasked_total,
             parts.feature_penalty, 1, seconds,
         ]  # fmt: skip
-        return StepLoss(parts.total, torch.stack([torch.as_tensor(s, dtype=torch.float64) for s in sums]))
+        return StepLoss.of(parts.total, sums)
 
 
 class PretrainTask:
@@ -71,7 +72,7 @@ class PretrainTask:
 
     def __init__(
         self, storage: Storage, corpus: str, labels: str, frame_rate_hz: int, classes: int, size: ModelSize,
-        settings: Pretrain, title: str,
+        settings: Pretrain, title: str, recompute: bool = False,
     ):  # fmt: skip
         self.title = title
         self._settings = settings
@@ -80,7 +81,7 @@ class PretrainTask:
         self._plan = BatchPlan(manifest.numbers("samples"), settings)
         self._labels = LabelStore(storage, labels, manifest, frame_rate_hz)
         self._utterances = UtteranceReader(AudioReader(storage, corpus), manifest, size.normalize_waveform)
-        self.module = MaskedPrediction(Hubert(size, (classes,)), settings)
+        self.module = MaskedPrediction(Hubert(size, (classes,)), settings, recompute)
         self.optimizer = adamw(self.module.parameters(), settings.betas, settings.eps, settings.weight_decay)
         self.micro_batches = self._plan.micro_batches_per_step
 
@@ -125,7 +126,7 @@ def pretrain(work: Work, model: ModelSize, classes: int, frame_rate_hz: int, set
     """Writes `model.safetensors`, `model.json`, `metrics.jsonl` and TensorBoard files."""
     task = partial(
         PretrainTask, work.storage, work.inputs["corpus"].path, work.inputs["labels"].path, frame_rate_hz, classes,
-        model, settings, work.name,
+        model, settings, work.name, work.cluster.recompute,
     )  # fmt: skip
     job = TrainJob(
         factory=task,

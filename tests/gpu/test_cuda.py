@@ -1,16 +1,22 @@
-"""The science on a GPU, without Ray: Base trains in bf16, and its fp32 layers equal the CPU's."""
+"""On a GPU, without Ray: Base trains in bf16, fp32 layers equal the CPU's, and both training tasks resume over NCCL."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
+from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Pretrain
 from hubert_ray.config.sizes import BASE, TINY
+from hubert_ray.distributed import telemetry
 from hubert_ray.model.hubert import Hubert
 from hubert_ray.model.loss import pretrain_loss
 from hubert_ray.model.masking import batch_mask
 from hubert_ray.model.optim import adamw, set_lr
+from hubert_ray.storage import layout
+from tests.distributed import alone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -47,3 +53,34 @@ def test_base_learns_one_batch_in_bf16():
         losses.append(float(parts.masked_nats) / parts.masked_frames)
     assert all(loss == loss for loss in losses)
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return alone.make_inputs(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("make", [alone.pretraining, alone.finetuning])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_gpus": 1},
+        {"train_gpus": 1, "precision": "bf16"},
+        {"train_gpus": 1, "precision": "bf16", "zero_stage": 2, "recompute": True},
+        {"train_gpus": 1, "zero_stage": 0},
+        {"train_gpus": 0},  # the GPU is another worker's: training stays on the CPU
+    ],
+    ids=str,
+)
+def test_training_killed_and_resumed_goes_the_same_way(storage, tmp_path, make, settings):
+    """Losses of the whole run, the part after the kill included, are those of an undisturbed run up to rounding."""
+    cluster, folder = Cluster(**settings), tmp_path.name
+    assert alone.train(make(storage, f"{folder}/calm", cluster.recompute), cluster)[0] == 0
+    job = make(storage, f"{folder}/killed", cluster.recompute, die_at=4, marker=str(tmp_path / "died"))
+    assert [alone.train(job, cluster)[0] for _ in range(2)] == [9, 0]
+    calm, killed = (telemetry.read(storage, f"{folder}/{name}") for name in ("calm", "killed"))
+    assert [row["step"] for row in killed] == list(range(1, alone.STEPS + 1))
+    loss = "loss_bits" if make is alone.pretraining else "loss"
+    np.testing.assert_allclose([row[loss] for row in killed], [row[loss] for row in calm], rtol=0.02)
+    weights = safetensors.torch.load(storage.read(f"{folder}/killed/{layout.MODEL}"))
+    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in weights.values())

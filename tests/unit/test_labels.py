@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
 
+from hubert_ray.data import labels as labels_module
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.batching import MicroBatch
 from hubert_ray.data.collate import UtteranceReader, pad
 from hubert_ray.data.frames import crop_labels, frames_of, mfcc_frames_of, samples_of
-from hubert_ray.data.labels import LabelStore, _rows
+from hubert_ray.data.labels import LabelStore, _flat
 from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance, write_shard
 from hubert_ray.errors import LabelError
 from hubert_ray.storage import layout, schemas
@@ -94,6 +96,20 @@ def test_labels_twice_are_refused(storage):
         LabelStore(storage, "labels", manifest_of("abcde"), 50)
 
 
+def test_each_id_is_indexed_once_whatever_the_number_of_shards(storage, monkeypatch):
+    """An index of all ids per shard is hours of hashing for thousands of shards and millions of utterances."""
+    write(storage, 50, parts_of("abcde", 50))
+    index_in, indexed = labels_module.pc.index_in, []
+
+    def watched(values, value_set):
+        indexed.append(sorted(value_set.to_pylist()))
+        return index_in(values, value_set=value_set)
+
+    monkeypatch.setattr(labels_module.pc, "index_in", watched)
+    LabelStore(storage, "labels", manifest_of("dbeca"), 50)
+    assert sorted(indexed) == [["a", "b"], ["c", "d", "e"]]
+
+
 @RATES
 def test_another_frame_rate_is_refused(storage, rate):
     write(storage, rate, parts_of("abcde", rate))
@@ -123,7 +139,8 @@ def test_list_rows_of_slices_and_chunks():
         [],
     ):
         chunked = pa.chunked_array(column, pa.list_(pa.uint16()))
-        assert [row.tolist() for row in _rows(chunked)] == chunked.to_pylist()
+        values, offsets = _flat(chunked)
+        assert [values[i:j].tolist() for i, j in itertools.pairwise(offsets)] == chunked.to_pylist()
 
 
 @RATES
