@@ -1,8 +1,7 @@
 """How do frames attend to each other? torch's fused attention, but for one case: dropout on attention weights on a CPU.
 
-There torch has no fused kernel, and draws one Bernoulli number per pair of frames, one after the other, which takes longer
-than the matrix products. `_DroppedAttention` draws 16 random bits per pair, four pairs at a time, from a generator seeded
-by torch's own, so that `torch.manual_seed` still decides everything; and it folds both scales into the products.
+There torch has no fused kernel, and its Bernoulli draws, one for each pair of frames, take longer than the matrix products.
+`_DroppedAttention` takes the mask from `dropout.py` and folds both scales into the products.
 
 Shapes: B utterances, H heads, T frames, d width of a head, N = B x H.
 """
@@ -11,12 +10,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEVELS = 2**16  # of the random numbers that decide about dropping: a probability is rounded to 1 / 65536
+from hubert_ray.model.dropout import drop_mask, gain
 
 
 def attend(
@@ -31,15 +29,6 @@ def attend(
     return F.scaled_dot_product_attention(query_BHTd, key_BHTd, value_BHTd, attn_mask=keys_B11T, dropout_p=dropout)
 
 
-def drop_mask(shape: tuple[int, ...], probability: float) -> Tensor:
-    """bool: True, with this probability, where a number is to be dropped. CPU; one draw of torch's generator."""
-    seed = int(torch.randint(2**62, ()))
-    count = math.prod(shape)
-    words = np.random.SFC64(seed).random_raw((count + 3) // 4)
-    numbers = torch.from_numpy(words.view(np.int16)[:count])
-    return (numbers < round(probability * _LEVELS) - _LEVELS // 2).view(shape)
-
-
 class _DroppedAttention(torch.autograd.Function):
     """softmax -> dropout -> weighted sum, keeping the weights and the mask for the backward pass."""
 
@@ -48,7 +37,7 @@ class _DroppedAttention(torch.autograd.Function):
         query_NTd, key_NTd, value_NTd = (part.flatten(0, 1) for part in (query_BHTd, key_BHTd, value_BHTd))
         ctx.shape = query_BHTd.shape
         ctx.scale = 1 / math.sqrt(query_NTd.shape[2])
-        ctx.gain = 1 / (1 - round(dropout * _LEVELS) / _LEVELS)  # keeps the expectation
+        ctx.gain = gain(dropout)
         weights_NTT = _product(query_NTd, key_NTd.transpose(1, 2), ctx.scale).softmax(2)
         dropped_NTT = drop_mask(tuple(weights_NTT.shape), dropout)
         ctx.save_for_backward(query_NTd, key_NTd, value_NTd, weights_NTT, dropped_NTT)

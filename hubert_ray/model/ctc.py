@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hubert_ray.config.recipe import Finetune
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.frames import RECEPTIVE_FIELD, STRIDE
+from hubert_ray.model.dropout import dropout
 from hubert_ray.model.hubert import Encoder, valid_frame_counts
 
 LETTERS = 29  # 26 letters, apostrophe, word boundary, and the blank, which is 0
@@ -78,5 +78,5 @@ class HubertCtc(nn.Module):
             conv_BTC = self.encoder.conv_features(wave_BS, None if frames_B is None else samples_B)
             hidden_BTD = self.encoder.embed(conv_BTC, frames_B, time_mask_BT, channel_mask_BD)
             hidden_BTD = self.encoder.finish(self.encoder.blocks(hidden_BTD, frames_B, kept_layers)[-1])
-        logits_BTV = self.head(F.dropout(hidden_BTD, self.final_dropout, self.training))
+        logits_BTV = self.head(dropout(hidden_BTD, self.final_dropout, self.training))
         return logits_BTV.float().log_softmax(dim=2), (samples_B - RECEPTIVE_FIELD) // STRIDE + 1

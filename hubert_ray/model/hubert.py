@@ -24,6 +24,7 @@ from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.frames import RECEPTIVE_FIELD, STRIDE
 from hubert_ray.errors import HubertRayError
 from hubert_ray.model.attention import attend
+from hubert_ray.model.dropout import dropout
 from hubert_ray.model.frontend import ConvEncoder, PositionalConv
 
 LOGIT_TEMPERATURE = 0.1
@@ -71,14 +72,14 @@ class TransformerLayer(nn.Module):
         batch, frames, dim = hidden_BTD.shape
         qkv = self.qkv(hidden_BTD).view(batch, frames, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed_BHTd = attend(query, key, value, keys_B11T, dropout)
+        drop = self.attention_dropout if self.training else 0.0
+        mixed_BHTd = attend(query, key, value, keys_B11T, drop)
         mixed_BTD = mixed_BHTd.transpose(1, 2).reshape(batch, frames, dim)
-        return F.dropout(self.out(mixed_BTD), self.dropout, self.training)
+        return dropout(self.out(mixed_BTD), self.dropout, self.training)
 
     def _ffn(self, hidden_BTD: Tensor) -> Tensor:
-        inner = F.dropout(F.gelu(self.ffn_in(hidden_BTD)), self.activation_dropout, self.training)
-        return F.dropout(self.ffn_out(inner), self.dropout, self.training)
+        inner = dropout(F.gelu(self.ffn_in(hidden_BTD)), self.activation_dropout, self.training)
+        return dropout(self.ffn_out(inner), self.dropout, self.training)
 
 
 class Encoder(nn.Module):
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """conv_BTC -> hidden_BTD, the input of the first block: projected, masked, padding zeroed, positions added."""
         hidden_BTD = self.projection(self.projection_norm(conv_BTC))
-        hidden_BTD = F.dropout(hidden_BTD, self.size.input_dropout, self.training)
+        hidden_BTD = dropout(hidden_BTD, self.size.input_dropout, self.training)
         if mask_BT is not None:
             if mask_BT.shape != hidden_BTD.shape[:2]:
                 raise InputError(
@@ -143,7 +144,7 @@ class Encoder(nn.Module):
         hidden_BTD = hidden_BTD + self.position(hidden_BTD)
         if not self.size.norm_first:
             hidden_BTD = self.norm(hidden_BTD)
-        return F.dropout(hidden_BTD, self.size.dropout, self.training)
+        return dropout(hidden_BTD, self.size.dropout, self.training)
 
     def blocks(
         self, hidden_BTD: Tensor, frames_B: Tensor | None = None, kept_layers: Sequence[bool] | None = None

@@ -1,4 +1,4 @@
-"""Is our attention with dropout torch's, with weights dropped as often as asked, and seeded by torch alone?"""
+"""Are our dropout, and attention with it, torch's: dropped as often as asked, the expectation kept, seeded by torch alone?"""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hubert_ray.model.attention import attend, drop_mask
+from hubert_ray.model.attention import attend
+from hubert_ray.model.dropout import drop_mask, dropout
 
 SHAPE = (2, 3, 29, 16)
 
@@ -54,6 +55,19 @@ def test_weights_are_dropped_as_often_as_asked_and_nowhere_more(probability):
     if probability:  # neighbours decide apart
         together = (flat[:, 0] * flat[:, 1]).mean()
         assert abs(together - probability**2) < 6 * probability / math.sqrt(len(flat))
+
+
+def test_dropout_scales_what_it_keeps_and_its_gradient_alike():
+    value = torch.full((300, 40), 2.0, requires_grad=True)
+    torch.manual_seed(2)
+    result = dropout(value, 0.25, training=True)
+    result.sum().backward()
+    kept = result != 0
+    assert abs(kept.float().mean() - 0.75) < 0.02
+    assert torch.allclose(result[kept], torch.tensor(2 / 0.75))
+    assert torch.equal(value.grad, result.detach() / 2)
+    assert dropout(value, 0.25, training=False) is value
+    assert dropout(value, 0.0, training=True) is value
 
 
 def test_only_torchs_seed_decides():
