@@ -5,8 +5,10 @@
     python -m benchmarks.pretrain_step --device cuda --dtype bfloat16 --batch 8 --seconds 10.9 --compile
 
 A step is forward, masked-prediction loss, backward and fused AdamW, on equal random crops with about 55 % of the frames
-masked, dropout and LayerDrop as the paper trains the size. Steps of all systems are interleaved, so that a slow moment of
-the machine meets all of them alike; figures are medians, ratios are medians of the ratios of neighbours.
+masked, dropout and LayerDrop as the paper trains the size. Each system lives in a process of its own, and they step in
+turn, so that a slow moment of the machine meets all of them alike; figures are medians, ratios are medians of the ratios of
+neighbours. Our training workers ask torch for huge pages (`distributed/cluster.py`), so ours has them here and peers do not,
+unless `--huge-pages all` says so.
 
 Peers are not dependencies; whichever can be imported is measured:
     torchaudio        its HuBERTPretrainModel
@@ -23,10 +25,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor, nn
@@ -127,13 +132,13 @@ def transformers(name: str, size: ModelSize, classes: int, batch: Batch) -> tupl
         layerdrop=size.layer_drop,
     )
     model = HubertModel(config)
-    model.head = Hubert(size, (classes,)).head
-    model = model.to(batch.device).train()
+    head = model.head = Hubert(size, (classes,)).head
+    nn.Module.to(model, batch.device).train()
     mask_BT, labels_BT = batch.mask_BT.to(batch.device), batch.labels_BT.to(batch.device)
 
     def loss() -> Tensor:
         hidden_BTD = model(batch.wave_BS, mask_time_indices=mask_BT).last_hidden_state
-        return nn.functional.cross_entropy(model.head.logits(hidden_BTD[mask_BT]), labels_BT[mask_BT])
+        return nn.functional.cross_entropy(head.logits(hidden_BTD[mask_BT]), labels_BT[mask_BT])
 
     return model, loss
 
@@ -198,30 +203,66 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
+    """The process of one system: a step for every True received, then its peak of GPU memory."""
+    device, size = torch.device(options.device), SIZES[options.size]
+    batch = Batch(options.batch, options.seconds, options.classes, device)
+    torch.manual_seed(0)
+    if name == "ours":
+        parts = ours(size, options.classes, batch, options.compile, options.recompute)
+    else:
+        parts = PEERS[name][1](options.size, size, options.classes, batch)
+    system = System(name, *parts, batch, getattr(torch, options.dtype))
+    while connection.recv():
+        connection.send(system.step())
+    connection.send(torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
+
+
+class Turn:
+    """A system in its process."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        self.name = name
+        if options.huge_pages == "all" or (options.huge_pages, name) == ("ours", "ours"):
+            os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it at its first large allocation
+        else:
+            os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, options), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def step(self) -> float:
+        self._connection.send(True)
+        return self._connection.recv()
+
+    def finish(self) -> int | None:
+        """Ends the process; most GPU memory in bytes, or None on a CPU."""
+        self._connection.send(False)
+        peak = self._connection.recv()
+        self._process.join()
+        return peak
+
+
 def measure(options: argparse.Namespace) -> dict:
     """Every figure of one run."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     size = SIZES[options.size]
-    batch = Batch(options.batch, options.seconds, options.classes, device)
-    torch.manual_seed(0)
-    systems = [System("ours", *ours(size, options.classes, batch, options.compile, options.recompute), batch, dtype)]
+    batch = Batch(options.batch, options.seconds, options.classes, torch.device("cpu"))
     asked = PEERS if options.peers == "all" else [peer for peer in options.peers.split(",") if peer not in ("", "none")]
-    for peer in asked:
-        package, build = PEERS[peer]
-        if size.conv_channels == 512 and importlib.util.find_spec(package):
-            systems.append(System(peer, *build(options.size, size, options.classes, batch), batch, dtype))
-    for system in systems:
-        for _ in range(options.warmup):
-            system.step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds: dict[str, list[float]] = {system.name: [] for system in systems}
-    for _ in range(options.repeats):
-        for system in systems:
-            seconds[system.name].append(system.step())
+    peers = [peer for peer in asked if size.conv_channels == 512 and importlib.util.find_spec(PEERS[peer][0])]
+    turns = [Turn(name, options) for name in ("ours", *peers)]
+    seconds: dict[str, list[float]] = {turn.name: [] for turn in turns}
+    peak = 0.0
+    for _ in range(options.warmup + options.repeats):
+        peak = max(peak, matmul_gflops(device, dtype))
+        for turn in turns:
+            seconds[turn.name].append(turn.step())
+    seconds = {name: steps[options.warmup :] for name, steps in seconds.items()}
+    memory = {turn.name: turn.finish() for turn in turns}
     share = batch.mask_BT.float().mean().item()
     gflop = gflop_per_audio_second(size, batch.frames, options.classes, share)
-    peak = matmul_gflops(device, dtype)
 
     def figures(name: str) -> dict:
         rate = batch.seconds / statistics.median(seconds[name])
@@ -245,14 +286,15 @@ def measure(options: argparse.Namespace) -> dict:
         "dtype": options.dtype,
         "torch": torch.__version__,
         "compiled": options.compile,
+        "huge_pages": options.huge_pages,
         "repeats": options.repeats,
         "ours": figures("ours"),
-        "peers": {system.name: figures(system.name) for system in systems[1:]},
+        "peers": {peer: figures(peer) for peer in peers},
         "sgemm_gflops": round(peak, 1),
         "gflop_per_audio_second": round(gflop, 2),
     }
-    if device.type == "cuda":
-        result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if memory["ours"] is not None:
+        result["peak_memory_gib"] = round(memory["ours"] / 2**30, 2)
     return result
 
 
@@ -269,6 +311,7 @@ def main() -> None:
         "--recompute", action="store_true", help="recompute our blocks' activations in the backward pass"
     )
     parser.add_argument("--peers", default="all", help=f"all, none, or some of {','.join(PEERS)}")
+    parser.add_argument("--huge-pages", choices=("ours", "all", "none"), default="ours", help="who asks torch for them")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,7 +1,8 @@
 """How do frames attend to each other? torch's fused attention, but for one case: dropout on attention weights on a CPU.
 
 There torch has no fused kernel, and its Bernoulli draws, one for each pair of frames, take longer than the matrix products.
-`_DroppedAttention` takes the mask from `dropout.py` and folds both scales into the products.
+`_DroppedAttention` draws as `dropout.py` does, folds both scales into the products, and takes a few heads at a time, so that
+their scores stay in the processor's cache from the first product to the last.
 
 Shapes: B utterances, H heads, T frames, d width of a head, N = B x H.
 """
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_ray.model.dropout import drop_mask, gain
+from hubert_ray.model.dropout import gain, random_numbers, threshold
+
+_SCORES_AT_ONCE = 2**20  # 4 MiB
 
 
 def attend(
@@ -30,34 +33,44 @@ def attend(
 
 
 class _DroppedAttention(torch.autograd.Function):
-    """softmax -> dropout -> weighted sum, keeping the weights and the mask for the backward pass."""
+    """softmax -> dropout -> weighted sum. One tensor is kept for the backward pass: the weights, the dropped ones negative."""
 
     @staticmethod
     def forward(ctx, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, dropout: float) -> Tensor:
         query_NTd, key_NTd, value_NTd = (part.flatten(0, 1) for part in (query_BHTd, key_BHTd, value_BHTd))
-        ctx.shape = query_BHTd.shape
-        ctx.scale = 1 / math.sqrt(query_NTd.shape[2])
+        heads, frames, width = query_NTd.shape
+        ctx.scale = 1 / math.sqrt(width)
         ctx.gain = gain(dropout)
-        weights_NTT = _product(query_NTd, key_NTd.transpose(1, 2), ctx.scale).softmax(2)
-        dropped_NTT = drop_mask(tuple(weights_NTT.shape), dropout)
-        ctx.save_for_backward(query_NTd, key_NTd, value_NTd, weights_NTT, dropped_NTT)
-        return _product(weights_NTT.masked_fill(dropped_NTT, 0), value_NTd, ctx.gain).view(ctx.shape)
+        signed_NTT = query_NTd.new_empty(heads, frames, frames)
+        mixed_NTd = torch.empty_like(query_NTd)
+        numbers_NTT = torch.from_numpy(random_numbers((heads, frames, frames)))
+        for some in _few_heads(heads, frames):
+            weights = _product(query_NTd[some], key_NTd[some].transpose(1, 2), ctx.scale).softmax(2)
+            kept = numbers_NTT[some].float().sub_(threshold(dropout) - 0.5)  # positive if kept; arithmetic beats a mask
+            torch.copysign(weights, kept, out=signed_NTT[some])
+            mixed_NTd[some] = _product(torch.relu(signed_NTT[some]), value_NTd[some], ctx.gain)
+        ctx.save_for_backward(query_NTd, key_NTd, value_NTd, signed_NTT)
+        return mixed_NTd.view(query_BHTd.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_BHTd: Tensor):
-        query_NTd, key_NTd, value_NTd, weights_NTT, dropped_NTT = ctx.saved_tensors
         grad_NTd = grad_BHTd.flatten(0, 1)
-        kept_NTT = weights_NTT.masked_fill(dropped_NTT, 0)
-        grad_value_NTd = _product(kept_NTT.transpose(1, 2), grad_NTd, ctx.gain)
-        grad_NTT = _product(grad_NTd, value_NTd.transpose(1, 2), ctx.gain).masked_fill_(dropped_NTT, 0)
-        grad_NTT = torch._softmax_backward_data(grad_NTT, weights_NTT, 2, torch.float32)
-        grads = (
-            _product(grad_NTT, key_NTd, ctx.scale),
-            _product(grad_NTT.transpose(1, 2), query_NTd, ctx.scale),
-            grad_value_NTd,
-        )
-        return *(grad.view(ctx.shape) for grad in grads), None
+        grads = [torch.empty_like(grad_NTd) for _ in range(3)]
+        for some in _few_heads(*grad_NTd.shape[:2]):
+            query, key, value, signed = (part[some] for part in ctx.saved_tensors)
+            grad = grad_NTd[some]
+            grad_weights = torch.ops.aten.threshold_backward(_product(grad, value.transpose(1, 2), ctx.gain), signed, 0)
+            grad_scores = torch._softmax_backward_data(grad_weights, signed.abs(), 2, torch.float32)
+            grads[0][some] = _product(grad_scores, key, ctx.scale)
+            grads[1][some] = _product(grad_scores.transpose(1, 2), query, ctx.scale)
+            grads[2][some] = _product(torch.relu(signed).transpose(1, 2), grad, ctx.gain)
+        return *(grad.view(grad_BHTd.shape) for grad in grads), None
+
+
+def _few_heads(heads: int, frames: int) -> list[slice]:
+    count = max(1, _SCORES_AT_ONCE // frames**2)
+    return [slice(start, start + count) for start in range(0, heads, count)]
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hubert_ray.model import attention
 from hubert_ray.model.attention import attend
-from hubert_ray.model.dropout import drop_mask, dropout
+from hubert_ray.model.dropout import dropout, random_numbers, threshold
 
 SHAPE = (2, 3, 29, 16)
 
@@ -15,6 +16,11 @@ SHAPE = (2, 3, 29, 16)
 def parts(seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(SHAPE, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def drop_mask(shape, probability):
+    """The mask that is drawn at this state of torch's generator."""
+    return torch.from_numpy(random_numbers(shape) < threshold(probability))
 
 
 def slow(query, key, value, dropout):
@@ -27,7 +33,9 @@ def slow(query, key, value, dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
-def test_equal_to_the_definition_with_gradients(dropout):
+@pytest.mark.parametrize("heads_at_once", [1, 4, 6])
+def test_equal_to_the_definition_with_gradients(dropout, heads_at_once, monkeypatch):
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", heads_at_once * SHAPE[2] ** 2)
     mine, theirs = parts(), parts()
     results = []
     for function, inputs in ((attend, mine), (slow, theirs)):
