@@ -1,1 +1,1 @@
-"""Measurements against other systems, from the checkout alone and without Ray. Each module prints its figures."""
+"""Measurements against other systems, from the checkout alone; training steps without Ray. Each module prints its figures."""

@@ -1,4 +1,4 @@
-"""What can be typed? hubert-ray plan | run | <stage> | show | presets | remove | import | export.
+"""What can be typed? hubert-ray plan | run | <stage> | show | doctor | presets | remove | import | export.
 
     hubert-ray run --recipe demo --storage ./runs
     hubert-ray plan --recipe mine.toml --set iterations.iter1.pretrain.steps=2000
@@ -22,6 +22,7 @@ from hubert_ray.config.loading import load_cluster, load_recipe
 from hubert_ray.config.presets import PRESETS
 from hubert_ray.config.recipe import Recipe
 from hubert_ray.errors import HubertRayError, RecipeError
+from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
@@ -41,14 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 an error that the message explains, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except HubertRayError as error:
         print(f"hubert-ray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("hubert-ray: interrupted; the same command goes on from what is sealed", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         "--settings", action="store_true", help="print every setting of the recipe as JSON, usable as a recipe"
     )
     _command(commands, "show", _show, "show the figures of finished stages")
+    doctor = _command(
+        commands, "doctor", _doctor, "check a run, its corpus and the nodes; exit code 1 if a check fails"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--no-nodes", action="store_true", help="leave the nodes out: needs no Ray and answers at once")
     for stage in STAGES:
         sub = _command(commands, stage, _stage, f"run only {stage}; its inputs must be finished")
         sub.set_defaults(stage=stage)
@@ -168,6 +173,28 @@ def _show(options: argparse.Namespace) -> None:
         for name, value in planned.seal.facts.items() if planned.seal else ():
             if name not in hidden:
                 print(f"    {name}: {msgspec.json.encode(value).decode()}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    recipe, storage, cluster = _load(options)
+    nodes = [] if options.no_nodes else _nodes(storage, cluster)
+    findings = list(pipeline.examine(recipe, storage, cluster, nodes))
+    ok = all(finding.status != "failed" for finding in findings)
+    if options.json:
+        print(msgspec.json.encode({"ok": ok, "findings": findings}).decode())
+        return 0 if ok else 1
+    for finding in findings:
+        print(f"{finding.status:8} {finding.check:24} {finding.found}")
+        if finding.status != "ok":
+            print(f"{'':33} prevents: {finding.prevents}")
+    return 0 if ok else 1
+
+
+def _nodes(storage: Storage, cluster: Cluster) -> list[NodeReport]:
+    from hubert_ray.distributed.cluster import ask_nodes, connected
+
+    with connected(cluster):
+        return ask_nodes(storage)
 
 
 def _presets(_: argparse.Namespace) -> None:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import threading
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 _LIBRARIES = ("hubert-ray", "torch", "torchaudio", "ray", "deepspeed", "faiss-gpu", "numpy", "pyarrow", "soundfile")
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a node of a cluster says of itself."""
+
+    node: str
+    versions: dict[str, str]
+    storage_error: str | None  # None: it wrote a file there and read it back
+    gpu_gib: float | None  # of its smallest GPU
 
 
 def versions() -> dict[str, str]:

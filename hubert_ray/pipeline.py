@@ -7,6 +7,7 @@ neither torch nor Ray.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 from collections.abc import Iterator
@@ -14,17 +15,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import Iteration, Layer, LibriSpeech, Recipe
-from hubert_ray.errors import CorpusError, RecipeError
+from hubert_ray.config.recipe import Iteration, Layer, LibriSpeech, Recipe, Teacher
+from hubert_ray.errors import CorpusError, HubertRayError, RecipeError
+from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
 from hubert_ray.storage.artifacts import Artifact, Identity, Seal, identity_of
 from hubert_ray.storage.filesystem import Storage
+
+if TYPE_CHECKING:
+    from hubert_ray.health import Finding
 
 MEASURE_SECONDS = 300.0  # of train and of dev audio that measure_layers uses
 
@@ -63,17 +68,15 @@ def unroll(recipe: Recipe) -> list[Stage]:
 def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> list[Stage]:
     name, teacher = iteration.name, iteration.teacher
     learned: dict[str, str] = {"corpus": "prepare_data"}
-    frame_rate_hz = 100
     if isinstance(teacher, Layer):
         learned["teacher"] = _teacher_input(recipe, position, teacher)
-        frame_rate_hz = 50
     clusters = iteration.kmeans.clusters
     following = recipe.iterations[position + 1 :]
     probe = following[0].kmeans.clusters if following else clusters
     trained = {
         "model": iteration.model,
         "classes": clusters,
-        "frame_rate_hz": frame_rate_hz,
+        "frame_rate_hz": _frame_rate_hz(teacher),
         "settings": iteration.pretrain,
     }
     measured = {"layers": iteration.model.layers, "clusters": probe, "seconds": MEASURE_SECONDS}
@@ -84,6 +87,10 @@ def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> li
         Stage(model, "pretrain", trained, {"corpus": "prepare_data", "labels": labels}),
         Stage(f"{name}/measure_layers", "measure_layers", measured, {"corpus": "prepare_data", "model": model}),
     ]
+
+
+def _frame_rate_hz(teacher: Teacher) -> int:
+    return 50 if isinstance(teacher, Layer) else 100
 
 
 def _teacher_input(recipe: Recipe, position: int, teacher: Layer) -> str:
@@ -206,12 +213,56 @@ def run(
                 up = True
             seal = _execute(step, recipe, cluster)
             yield step, seal, False
+            for finding in findings_of(dataclasses.replace(step, seal=seal)):
+                if finding.status != "ok":
+                    print(f"{finding.status}: {finding.check}: {finding.found}. It prevents {finding.prevents}")
             steps = {step.stage.name: step for step in plan(recipe, storage)}  # what was made is part of what follows
             if step.stage.kind == "prepare_data" and only is None:
                 _check_corpus(recipe, seal)
     finally:
         if up:
             connect.__exit__(None, None, None)
+
+
+def findings_of(step: Planned) -> Iterator[Finding]:
+    """The checks of one finished stage; none where it is not finished."""
+    from hubert_ray import health  # with numpy
+
+    if step.seal is None:
+        return
+    settings = step.stage.settings
+    match step.stage.kind:
+        case "prepare_data":
+            yield from health.corpus_findings(step.artifact)
+        case "learn_kmeans":
+            clusters = settings["kmeans"].clusters
+            yield from health.codebook_findings(
+                step.inputs["corpus"], step.artifact, _frame_rate_hz(settings["teacher"]), clusters
+            )
+        case "assign_labels":
+            yield from health.label_findings(
+                step.inputs["corpus"], step.artifact, _frame_rate_hz(settings["teacher"]), settings["clusters"]
+            )
+
+
+def examine(recipe: Recipe, storage: Storage, cluster: Cluster, nodes: list[NodeReport]) -> Iterator[Finding]:
+    """Every check of a run: of what is finished, of the nodes (none: not asked), and of GPU memory for what is to come."""
+    from hubert_ray import health
+
+    steps, said = [], "every artifact belongs to this recipe and to its inputs"
+    try:
+        steps = plan(recipe, storage)
+    except HubertRayError as error:
+        said = str(error)
+    prevents = "results of one recipe under the name of another"
+    yield health.Finding("run.artifacts", "ok" if steps else "failed", said, prevents)
+    for step in steps:
+        yield from findings_of(step)
+    if nodes:
+        yield from health.node_findings(nodes)
+    gpu_gib = min((node.gpu_gib for node in nodes if node.gpu_gib), default=None)
+    for iteration in recipe.iterations:
+        yield health.memory_finding(iteration.name, iteration.model, iteration.pretrain, cluster, gpu_gib)
 
 
 def _check_source(recipe: Recipe) -> None:

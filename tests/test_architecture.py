@@ -28,11 +28,12 @@ FLOORS = {
     "units": {"model", "data", "storage", "config", "errors"},
     "formats": {"model", "data", "storage", "config", "errors"},
     "asr": {"model", "data", "storage", "config", "errors"},
-    "distributed": {"units", "asr", "model", "data", "storage", "config", "errors"},
+    "distributed": {"units", "asr", "model", "data", "storage", "config", "errors", "machine"},
     "stages": {"distributed", "formats", "units", "asr", "model", "data", "storage", "config", "errors", "machine"},
-    "pipeline": {"stages", "storage", "config", "errors", "machine"},
+    "health": {"data", "storage", "config", "errors", "machine"},
+    "pipeline": {"stages", "health", "storage", "config", "errors", "machine"},
     "speech_model": {"formats", "asr", "model", "data", "storage", "config", "errors"},
-    "cli": {"pipeline", "distributed", "speech_model", "formats", "storage", "config", "errors"},
+    "cli": {"pipeline", "distributed", "speech_model", "formats", "storage", "config", "errors", "machine"},
 }
 # model/ and units/ read only these of data/: no file of theirs opens a corpus
 MODEL_MAY_READ = {"hubert_ray.data.frames"}

@@ -80,9 +80,17 @@ class Kmeans(Settings, frozen=True, kw_only=True):
     clusters: Clusters  # n_clusters: 100 for MFCC, 500 for transformer features
     # --percent: share of train utterances fitted on, drawn without replacement; fairseq: 0.1 for transformer features
     sample_share: PositiveShare = 1.0
-    max_iterations: Count = 30  # Lloyd passes at most; fairseq: max_iter 100 passes of mini-batches
-    tolerance: NotNegative = 1e-4  # stop when the inertia falls by less than this share in a pass; fairseq: tol 0
-    seedings: Count = 3  # k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20
+    max_iterations: Count = (
+        30  # Lloyd passes at most, over all frames as over each smaller share; fairseq: max_iter 100
+    )
+    tolerance: NotNegative = 2e-4  # stop when the inertia falls by less than this share in a pass; fairseq: tol 0
+    seedings: Count = (
+        3  # refined k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20
+    )
+    restarts: Count = (
+        1  # whole fits from other seeds, side by side over the same frames; the one of least inertia is kept
+    )
+    half_precision: bool = False  # hold the sampled frames as float16: half the memory; sums are float64 either way
     seed: int = 0
 
 

@@ -75,6 +75,14 @@ class LabelStore:
         self._values[np.repeat(target, counts_M) + within] = values[np.repeat(source, counts_M) + within]
         found[rows_M] = True
 
+    def histogram(self, chosen_N: np.ndarray, clusters: int) -> np.ndarray:
+        """How often each label occurs in the chosen utterances (a bool per row); longer than `clusters` where labels are."""
+        counts = np.zeros(2**16, dtype=np.int64)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen_N, [False]]).astype(np.int8)))
+        for first, beyond in edges.reshape(-1, 2):  # neighbouring rows lie together
+            counts += np.bincount(self._values[self._bounds[first] : self._bounds[beyond]], minlength=len(counts))
+        return counts[: max(clusters, int(counts.nonzero()[0].max(initial=-1)) + 1)]
+
     def window(self, row: int, window: slice) -> np.ndarray:
         """Labels of one utterance at the frames of `window` (see data/frames.py), uint16."""
         start, stop = int(self._bounds[row]), int(self._bounds[row + 1])

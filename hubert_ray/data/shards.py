@@ -154,10 +154,16 @@ class AudioReader:
         self._files: OrderedDict[str, pa.NativeFile] = OrderedDict()
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
-        """Raises CorpusError where the shard is shorter than its manifest says."""
+        """Raises CorpusError where the shard is missing or shorter than its manifest says."""
         file = self._files.pop(shard, None)
         if file is None:
-            file = self._storage.open(f"{self._corpus_path}/{layout.audio_shard(shard)}")
+            path = f"{self._corpus_path}/{layout.audio_shard(shard)}"
+            try:
+                file = self._storage.open(path)
+            except FileNotFoundError as error:
+                raise CorpusError(
+                    f"'{path}' is missing from {self._storage.url}: remove the corpus and run prepare_data again"
+                ) from error
         self._files[shard] = file
         if len(self._files) > self._keep_open:
             self._files.popitem(last=False)[1].close()

@@ -1,17 +1,23 @@
-"""How does a command reach Ray? An existing cluster where one is named, else a Ray of its own on this machine."""
+"""How does a command reach Ray? An existing cluster where one is named, else a Ray of its own on this machine. And what do its
+nodes say of themselves?"""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.errors import RecipeError
+from hubert_ray.errors import HubertRayError, RecipeError
+from hubert_ray.machine import NodeReport
+from hubert_ray.storage.filesystem import Storage
 
 DRIVER_CPUS = 0.1  # of a trial that only waits for its training workers, who ask for their own
 
@@ -58,6 +64,35 @@ def connected(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def ask_nodes(storage: Storage) -> list[NodeReport]:
+    """What every living node says of itself, in the order of their names. Ray must be up."""
+    nodes = sorted((node["NodeManagerHostname"], node["NodeID"]) for node in ray.nodes() if node["Alive"])
+    return ray.get(
+        [
+            _report.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
+                storage, name
+            )
+            for name, node_id in nodes
+        ]
+    )
+
+
+@ray.remote(num_cpus=0)
+def _report(storage: Storage, node: str) -> NodeReport:
+    import torch
+
+    probe, error = f"probes/{uuid.uuid4().hex}", None
+    try:
+        storage.write(probe, node.encode())
+        if storage.read(probe) != node.encode():
+            error = "read back something else than was written"
+        storage.delete(probe)
+    except (HubertRayError, OSError) as caught:
+        error = str(caught)
+    gpus = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(torch.cuda.device_count())]
+    return NodeReport(node, machine.versions(), error, min(gpus, default=None))
 
 
 def check_settings(cluster: Cluster) -> None:

@@ -1,10 +1,11 @@
 """Where do centroids meet across workers? Feature blocks live in actors; their partial sums are added in a fixed order.
 
 A *block* is the sampled frames of one shard. Ray Data workers extract a block and hand it to the actor (`BlockHolder`) that
-owns it; it stays there for the whole fit, and no feature is written anywhere. For a Lloyd pass each holder reduces its
-blocks to one `Partial` per *lane*; a shard belongs to lane (position of the shard) mod LANES, which no worker count changes.
-Within a lane blocks are added in order of position, and the driver adds the lanes in order. Floating-point sums therefore
-always nest the same way: centroids are bit-equal for any number of holders.
+owns it; it stays there for the whole fit, and no feature is written anywhere. A shard belongs to *lane* (position of the
+shard) mod LANES, which no worker count changes. Within a lane blocks are added in order of position; lanes are the leaves of
+one binary tree, in which neighbours are added. Floating-point sums therefore always nest the same way: centroids are bit-equal
+for any number of holders. A holder has neighbouring lanes, and sends the sums of the largest subtrees that it has whole: one
+table of K x D numbers for a power of two of holders, a few otherwise.
 
 A holder that dies takes its blocks along. They are extracted again onto its successor, and the pass is repeated with the
 same centroids, so the result does not change.
@@ -13,8 +14,7 @@ same centroids, so the result does not change.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial as bind
 from typing import Any, Protocol
 
@@ -23,12 +23,15 @@ import ray
 import ray.exceptions
 
 from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.recipe import Kmeans
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import TrainingError
 from hubert_ray.units import kmeans
-from hubert_ray.units.kmeans import Partial
+from hubert_ray.units.kmeans import Fit, Partial
 
 LANES = 64
+Subtree = tuple[int, int]  # (first lane, number of lanes, a power of two that divides the first)
+Sums = dict[Subtree, list[Partial] | None]  # None: no lane of it has a block
 LOST = -1  # in place of a number of frames: the holder died before it had the block
 logger = logging.getLogger(__name__)
 
@@ -37,15 +40,6 @@ class BlockSource(Protocol):
     """Made once per extraction worker; gives the sampled frames of a shard, (N, D) float32, N may be 0."""
 
     def __call__(self, shard: str, /) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One Lloyd pass: the centroids it started from, and the mean squared distance of the frames to them."""
-
-    centroids_KD: np.ndarray
-    inertia: float
-    counts_K: np.ndarray
 
 
 @ray.remote(scheduling_strategy="SPREAD")
@@ -67,14 +61,40 @@ class BlockHolder:
         """Chosen rows of chosen blocks, for seeding."""
         return {position: self._blocks[position][rows] for position, rows in wanted.items()}
 
-    def reduce(self, centroids_KD: np.ndarray) -> dict[int, Partial]:
-        """Lane -> sum of its blocks held here."""
-        lanes: dict[int, Partial] = {}
+    def reduce(self, passes: Sequence[tuple[np.ndarray, int]], lanes: range) -> Sums:
+        """The sums of the largest subtrees within `lanes`, for each (centroids, stride of the frames)."""
+        leaves: Sums = {}
         for position in sorted(self._blocks):
-            part = kmeans.partial(self._blocks[position], centroids_KD)
-            lane = position % LANES
-            lanes[lane] = lanes[lane] + part if lane in lanes else part
-        return lanes
+            block_ND = self._blocks[position]
+            parts = [kmeans.partial(block_ND[::stride], centroids_KD) for centroids_KD, stride in passes]
+            leaf = (position % LANES, 1)
+            leaves[leaf] = _added(leaves.get(leaf), parts)
+        return {tree: tree_sum(tree, leaves) for tree in subtrees(lanes)}
+
+
+def subtrees(lanes: range) -> list[Subtree]:
+    """The fewest whole subtrees that cover neighbouring lanes."""
+    found, start = [], lanes.start
+    while start < lanes.stop:
+        size = start & -start or LANES  # the largest that may begin here
+        while start + size > lanes.stop:
+            size //= 2
+        found.append((start, size))
+        start += size
+    return found
+
+
+def tree_sum(tree: Subtree, known: Sums) -> list[Partial] | None:
+    """The sum of a subtree from those of its parts; None where no lane of it has a block."""
+    start, size = tree
+    if tree in known or size == 1:
+        return known.get(tree)
+    left, right = (tree_sum((start + skip, size // 2), known) for skip in (0, size // 2))
+    return left if right is None else _added(left, right)
+
+
+def _added(left: list[Partial] | None, right: list[Partial]) -> list[Partial]:
+    return right if left is None else [a + b for a, b in zip(left, right, strict=True)]
 
 
 def _new_holder(cluster: Cluster) -> Any:
@@ -120,8 +140,12 @@ class FeatureSample:
     def frames(self) -> int:
         return sum(self._frames.values())
 
+    def _lanes(self, holder: int) -> range:
+        """A holder's lanes lie side by side."""
+        return range(holder * LANES // len(self._holders), (holder + 1) * LANES // len(self._holders))
+
     def _holder_of(self, position: int) -> int:
-        return position % LANES % len(self._holders)  # by lane, so that a lane lies in one holder
+        return next(holder for holder in range(len(self._holders)) if position % LANES in self._lanes(holder))
 
     def _fill(self, positions: Iterable[int]) -> None:
         owner = {self._shards[p]: (p, self._holders[self._holder_of(p)]) for p in positions}
@@ -174,12 +198,17 @@ class FeatureSample:
         found = {p: rows for answer in self._ask(ask) for p, rows in answer.items()}
         return np.concatenate([found[p] for p in sorted(found)])
 
-    def reduce(self, centroids_KD: np.ndarray) -> Partial:
-        """The sum over all frames, nested by lane whatever holds them."""
-        shared = ray.put(centroids_KD)
-        lanes = {lane: part for a in self._ask(lambda holder: holder.reduce.remote(shared)) for lane, part in a.items()}
-        ordered = [lanes[lane] for lane in sorted(lanes)]
-        total = ordered[0]
-        for part in ordered[1:]:
-            total = total + part
+    def lloyd_pass(self, fits: Sequence[Fit], settings: Kmeans) -> list[Fit]:
+        """Every fit that is not done, one pass further; they share the way over the frames."""
+        totals = iter(self.reduce([(fit.centroids_KD, fit.stride) for fit in fits if not fit.done]))
+        return [fit if fit.done else fit.advance(next(totals), settings) for fit in fits]
+
+    def reduce(self, passes: Sequence[tuple[np.ndarray, int]]) -> list[Partial]:
+        """The sums over every `stride`th frame of each block, for each (centroids, stride)."""
+        shared = ray.put(list(passes))
+        known: Sums = {}
+        for answer in self._ask(lambda holder: holder.reduce.remote(shared, self._lanes(self._holders.index(holder)))):
+            known |= answer
+        total = tree_sum((0, LANES), known)
+        assert total is not None
         return total

@@ -7,6 +7,7 @@ k-means++ and Lloyd's algorithm run on it. Dev and test audio is never clustered
 from __future__ import annotations
 
 import io
+import json
 import zlib
 from functools import partial
 from typing import Any
@@ -22,8 +23,9 @@ from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units import kmeans as lloyd
+from hubert_ray.units.kmeans import Fit
 
-SEEDING_FRAMES = 30_000  # scikit-learn's default init_size for fairseq's batches of 10,000
+SEEDING_FRAMES = 100  # per cluster; with fewer k-means++ goes for outliers, more only take longer
 GROUP_SECONDS = 600.0  # of audio that is decoded at a time
 _PROGRESS = "progress.npz"
 
@@ -47,7 +49,8 @@ class _SampledFrames:
             for group in sampled.groups(GROUP_SECONDS)
             for frames_FD in self._extractor([sampled.wave(row) for row in group])
         ]
-        return np.concatenate(frames) if frames else np.empty((0, self._extractor.dim), dtype=np.float32)
+        dtype = np.float16 if self._settings.half_precision else np.float32
+        return np.concatenate(frames).astype(dtype, copy=False) if frames else np.empty((0, self._extractor.dim), dtype)
 
 
 def learn_kmeans(work: Work, teacher: Teacher, kmeans: Kmeans) -> dict[str, Any]:
@@ -61,47 +64,60 @@ def learn_kmeans(work: Work, teacher: Teacher, kmeans: Kmeans) -> dict[str, Any]
                 f"{work.name}: {sample.frames} feature frames for {kmeans.clusters} clusters; raise kmeans.sample_share, "
                 "lower kmeans.clusters, or give more audio"
             )
-        centroids_KD, history, empty = _fit(work, sample, kmeans)
+        fits = _resume(work) or first_fits(sample, kmeans)
+        while not all(fit.done for fit in fits):
+            fits = sample.lloyd_pass(fits, kmeans)
+            _show(work, fits)
+            _save(work, fits)
         frames = sample.frames
-    work.storage.write(work.output.file(layout.CENTROIDS), _npy(centroids_KD))
-    facts = {"inertia_history": history, "frames": frames, "empty_clusters": empty}
+    best = min(fits, key=lambda fit: fit.inertia_history[-1])
+    work.storage.write(work.output.file(layout.CENTROIDS), _npy(best.centroids_KD))
+    facts = {
+        "inertia_history": best.inertia_history,
+        "frames": frames,
+        "empty_clusters": best.empty,
+        "restarts": [fit.inertia_history[-1] for fit in fits],
+    }
     work.output.write_json(layout.HISTORY, facts)
     work.storage.delete(work.output.file(_PROGRESS))
-    return {"frames": frames, "passes": len(history), "inertia": history[-1]}
+    return {"frames": frames, "passes": len(best.inertia_history), "inertia": best.inertia_history[-1]}
 
 
-def _fit(work: Work, sample: FeatureSample, settings: Kmeans) -> tuple[np.ndarray, list[float], int]:
-    """Lloyd passes until the inertia settles; goes on from the last finished pass of a killed run."""
-    centroids_KD, history = _resume(work)
-    if centroids_KD is None:
-        rng = np.random.default_rng(settings.seed)
-        subsample_ND = sample.draw(max(SEEDING_FRAMES, 30 * settings.clusters), rng)
-        centroids_KD = lloyd.seed(subsample_ND, settings.clusters, settings.seedings, rng)
-    while True:
-        total = sample.reduce(centroids_KD)
-        history.append(total.inertia / sample.frames)
-        empty = int((total.counts_K == 0).sum())
-        print(
-            f"{work.name}  pass {len(history):>3}  mean squared distance {history[-1]:.4f}  empty {empty}", flush=True
-        )
-        settled = len(history) > 1 and history[-2] - history[-1] < settings.tolerance * history[-2]
-        if len(history) > settings.max_iterations or (settled and not empty):
-            return centroids_KD, history, empty  # the centroids that the last inertia belongs to
-        centroids_KD = lloyd.update(total, centroids_KD)
-        _save(work, centroids_KD, history)
+def first_fits(sample: FeatureSample, settings: Kmeans) -> list[Fit]:
+    """The restarts before their first pass: seeded from one subsample, each by draws of its own."""
+    rng = np.random.default_rng(settings.seed)
+    subsample_ND = sample.draw(SEEDING_FRAMES * settings.clusters, rng)
+    return [Fit(lloyd.seed(subsample_ND, settings.clusters, settings.seedings, rng)) for _ in range(settings.restarts)]
 
 
-def _save(work: Work, centroids_KD: np.ndarray, history: list[float]) -> None:
+def _show(work: Work, fits: list[Fit]) -> None:
+    for number, fit in enumerate(fits, start=1):
+        which = f"  restart {number}" if len(fits) > 1 else ""
+        if fit.inertia_history:
+            frames = "all frames" if fit.stride == 1 else f"1/{fit.stride} of the frames"
+            print(
+                f"{work.name}{which}  pass {len(fit.inertia_history):>3} over {frames}  mean squared distance "
+                f"{fit.inertia_history[-1]:.4f}  empty {fit.empty}",
+                flush=True,
+            )
+
+
+def _save(work: Work, fits: list[Fit]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, centroids=centroids_KD, history=np.array(history))
+    state = [(fit.stride, fit.inertia_history, fit.empty, fit.done) for fit in fits]
+    np.savez(buffer, centroids=np.stack([fit.centroids_KD for fit in fits]), state=np.array(json.dumps(state)))
     work.storage.write(work.output.file(_PROGRESS), buffer.getvalue())
 
 
-def _resume(work: Work) -> tuple[np.ndarray | None, list[float]]:
+def _resume(work: Work) -> list[Fit]:
     if not work.storage.exists(work.output.file(_PROGRESS)):
-        return None, []
+        return []
     with np.load(io.BytesIO(work.output.read(_PROGRESS))) as saved:
-        return saved["centroids"], saved["history"].tolist()
+        state = json.loads(str(saved["state"]))
+        return [
+            Fit(centroids_KD, stride, tuple(history), empty, done)
+            for centroids_KD, (stride, history, empty, done) in zip(saved["centroids"], state, strict=True)
+        ]
 
 
 def _npy(array: np.ndarray) -> bytes:

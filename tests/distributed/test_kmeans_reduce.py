@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import ray
 
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.distributed.kmeans_reduce import FeatureSample
+from hubert_ray.config.recipe import Kmeans
+from hubert_ray.distributed.kmeans_reduce import LANES, FeatureSample, subtrees
 from hubert_ray.errors import TrainingError
 from hubert_ray.units import kmeans
+from hubert_ray.units.kmeans import Fit
 
 pytestmark = pytest.mark.slow
 SHARDS = [f"train-{number:05d}" for number in range(7)]
@@ -36,7 +39,7 @@ def fit(workers: int, kill_at: int | None = None, max_failures: int = 3):
         for number in range(PASSES):
             if number == kill_at:
                 ray.kill(sample._holders[-1])
-            total = sample.reduce(centroids)
+            (total,) = sample.reduce([(centroids, 1)])
             centroids = kmeans.update(total, centroids)
         return centroids, total.inertia, sample.frames
 
@@ -69,6 +72,36 @@ def test_bits_survive_a_killed_holder(alone):
     centroids, inertia, _ = fit(2, kill_at=3)
     assert centroids.tobytes() == alone[0].tobytes()
     assert inertia == alone[1]
+
+
+def test_restarts_side_by_side_are_those_made_alone(ray_local):
+    settings = Kmeans(clusters=CLUSTERS)
+    with FeatureSample(Blocks, SHARDS, Cluster(kmeans_workers=3)) as sample:
+        starts = [
+            Fit(kmeans.seed(sample.draw(500, np.random.default_rng(r)), CLUSTERS, 1, np.random.default_rng(r)))
+            for r in range(3)
+        ]
+
+        def finish(fits):
+            while not all(fit.done for fit in fits):
+                fits = sample.lloyd_pass(fits, settings)
+            return fits
+
+        together, apart = finish(starts), [finish([start])[0] for start in starts]
+    assert len({fit.inertia_history[-1] for fit in together}) > 1, "the starts must lead to different places"
+    for one, other in zip(together, apart, strict=True):
+        assert one.centroids_KD.tobytes() == other.centroids_KD.tobytes()
+        assert one.inertia_history == other.inertia_history
+
+
+@pytest.mark.parametrize("holders", [1, 2, 3, 5, 7, 64])
+def test_subtrees_cover_every_lane_once_and_are_few(holders):
+    bounds = [holder * LANES // holders for holder in range(holders + 1)]
+    trees = [tree for start, stop in itertools.pairwise(bounds) for tree in subtrees(range(start, stop))]
+    lanes = [lane for start, size in trees for lane in range(start, start + size)]
+    assert lanes == list(range(LANES))
+    assert all(start % size == 0 and size.bit_count() == 1 for start, size in trees)
+    assert len(trees) <= (holders if holders.bit_count() == 1 else 6 * holders)
 
 
 def test_too_many_lost_holders_stop_the_fit(ray_local):

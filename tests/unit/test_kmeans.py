@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hubert_ray.config.recipe import Kmeans
 from hubert_ray.units import kmeans
 from hubert_ray.units.quality import PhoneCounts, entropy_bits, quality
 
@@ -85,6 +86,64 @@ def test_seeding_beats_random_rows_and_needs_enough_frames():
     assert seeded < min(randoms)
     with pytest.raises(ValueError, match="3 frames cannot seed 5"):
         kmeans.seed(frames[:3], 5, 1, rng)
+
+
+def test_half_precision_frames_are_summed_in_full():
+    frames, centroids = blobs(count=40_000), blobs(count=9, seed=1)  # more than are widened at a time
+    half = frames.astype(np.float16)
+    part, wide = kmeans.partial(half, centroids), kmeans.partial(half.astype(np.float32), centroids)
+    assert part.sums_KD.dtype == np.float64
+    np.testing.assert_array_equal(part.sums_KD, wide.sums_KD)
+    np.testing.assert_array_equal(part.counts_K, wide.counts_K)
+
+
+def test_short_and_long_blocks_are_assigned_alike():
+    """faiss takes another way below a number of frames; labels must not depend on how long an utterance is."""
+    frames, centroids = blobs(count=20_000, dim=39), blobs(count=100, dim=39, seed=1)
+    whole = kmeans.assign(frames, centroids)[0]
+    pieces = np.concatenate([kmeans.assign(frames[i : i + 50], centroids)[0] for i in range(0, len(frames), 50)])
+    assert (whole == pieces).all()
+
+
+def fitted(frames, start, **settings):
+    """Passes as the distributed fit makes them, and the stride of each."""
+    fit, strides = kmeans.Fit(start), []
+    while not fit.done:
+        strides.append(fit.stride)
+        fit = fit.advance(
+            kmeans.partial(frames[:: fit.stride], fit.centroids_KD), Kmeans(clusters=len(start), **settings)
+        )
+    return fit, strides
+
+
+def test_a_fit_grows_to_all_frames_and_ends_settled():
+    frames = blobs(count=20_000, clusters=30)
+    start = kmeans.seed(frames[::40], 20, 1, np.random.default_rng(0))
+    fit, strides = fitted(frames, start)
+    assert sorted(set(strides)) == [1, 4, 16]
+    assert strides == sorted(strides, reverse=True)
+    history = fit.inertia_history
+    assert len(history) == strides.count(1) >= 2
+    assert history[-2] - history[-1] < 2e-4 * history[-2]
+    last = kmeans.partial(frames, fit.centroids_KD)
+    assert last.inertia / len(frames) == pytest.approx(history[-1])  # the centroids that the last inertia belongs to
+    assert np.abs(kmeans.update(last, fit.centroids_KD) - fit.centroids_KD).max() < 0.2
+
+
+def test_a_fit_ends_when_its_passes_are_used_up():
+    frames = blobs(count=5000, clusters=30)
+    start = kmeans.seed(frames[::10], 20, 1, np.random.default_rng(0))
+    fit, strides = fitted(frames, start, tolerance=0.0, max_iterations=3)
+    assert strides.count(1) <= 4
+    assert len(fit.inertia_history) <= 4
+
+
+def test_growing_costs_no_quality():
+    frames = blobs(count=30_000, clusters=60)
+    start = kmeans.seed(frames[::40], 40, 1, np.random.default_rng(0))
+    grown = fitted(frames, start)[0].inertia_history[-1]
+    direct = kmeans.partial(frames, lloyd(frames, start, 60)).inertia / len(frames)
+    assert grown < 1.02 * direct
 
 
 def slow_quality(pairs):

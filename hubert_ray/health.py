@@ -1,0 +1,244 @@
+"""Is a run in order? Checks of what lies on storage and of the machines, each of which names the trouble that it prevents.
+
+A check reads sealed artifacts only and ends in a `Finding`; what is not made yet is not checked. `pipeline.run` makes those of
+a stage when it has finished, `hubert-ray doctor` all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.recipe import Pretrain
+from hubert_ray.config.sizes import ModelSize
+from hubert_ray.data.corpora import SPLITS
+from hubert_ray.data.frames import CONV_KERNELS, RECEPTIVE_FIELD, SAMPLE_RATE, frames_of
+from hubert_ray.data.labels import LabelStore
+from hubert_ray.data.shards import AudioReader, Manifest
+from hubert_ray.errors import HubertRayError
+from hubert_ray.machine import NodeReport
+from hubert_ray.storage import layout
+from hubert_ray.storage.artifacts import Artifact
+from hubert_ray.storage.filesystem import Storage
+
+Status = Literal["ok", "warning", "failed"]
+MUCH_QUARANTINE = 0.05  # of the recordings
+MUCH_UPSAMPLED = 0.01  # of the utterances
+DOMINANT = 0.3  # share of the frames that one cluster may have
+DEAD = 0.1  # share of the clusters that may never occur
+EXAMPLES = 3  # named in a message
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. `prevents` is the symptom that would have shown much later."""
+
+    check: str
+    status: Status
+    found: str
+    prevents: str
+
+
+def corpus_findings(artifact: Artifact) -> Iterator[Finding]:
+    """Of a sealed corpus: its shards, splits, duplicates and sample rates."""
+    manifest = Manifest.read(artifact.storage, artifact.path)
+    facts = artifact.require().facts
+    yield _shards(artifact.storage, artifact.path, manifest)
+    yield _speakers(manifest)
+    yield _duplicates(artifact.storage, artifact.path, manifest)
+    low = int((manifest.numbers("sample_rate_hz") < SAMPLE_RATE).sum())
+    yield Finding(
+        "corpus.sample_rate",
+        "warning" if low > MUCH_UPSAMPLED * len(manifest) else "ok",
+        f"{low} of {len(manifest)} utterances are stored below {SAMPLE_RATE} Hz",
+        "clusters that tell telephone speech from wideband speech, not phones from each other",
+    )
+    bad, total = facts["quarantined"], facts["quarantined"] + facts["utterances"]
+    yield Finding(
+        "corpus.quarantine",
+        "warning" if bad > MUCH_QUARANTINE * total else "ok",
+        f"{bad} of {total} recordings were set aside" + (f", see {layout.QUARANTINE}" if bad else ""),
+        "training on a part of the corpus without knowing it",
+    )
+
+
+def _shards(storage: Storage, path: str, manifest: Manifest) -> Finding:
+    ends = pa.table({"shard": manifest.table["shard"], "end": pc.add(manifest.table["offset"], manifest.table["size"])})
+    longest = ends.group_by("shard").aggregate([("end", "max")])
+    broken = []
+    for shard, end in zip(longest["shard"].to_pylist(), longest["end_max"].to_pylist(), strict=True):
+        try:
+            AudioReader(storage, path).read(shard, end - 1, 1)
+        except HubertRayError:
+            broken.append(shard)
+    return Finding(
+        "corpus.shards",
+        "failed" if broken else "ok",
+        f"{len(broken)} of {len(longest)} shards are missing or cut short{_such_as(broken)}",
+        "a run that stops in the middle of an epoch",
+    )
+
+
+def _speakers(manifest: Manifest) -> Finding:
+    speakers = {split: set(pc.unique(manifest.split(split).table["speaker"]).to_pylist()) for split in SPLITS}
+    shared = sorted(speakers["train"] & (speakers["dev"] | speakers["test"]))
+    return Finding(
+        "corpus.speakers",
+        "warning" if shared else "ok",
+        f"{len(shared)} speakers are in train and in dev or test{_such_as(shared)}",
+        "error rates on voices that the model has been trained on",
+    )
+
+
+def _duplicates(storage: Storage, path: str, manifest: Manifest) -> Finding:
+    """Recordings with the same bytes; only those of equal size and length are read."""
+    sizes = manifest.numbers("size") * 2**32 + manifest.numbers("samples") % 2**32
+    order = np.argsort(sizes, kind="stable")
+    same = np.flatnonzero(sizes[order][1:] == sizes[order][:-1])
+    reader = AudioReader(storage, path)
+    groups: dict[bytes, list[str]] = defaultdict(list)
+    for row in np.unique(order[np.concatenate([same, same + 1])]).tolist():
+        name, shard, offset, size = (
+            manifest.table[column][row].as_py() for column in ("utterance_id", "shard", "offset", "size")
+        )
+        try:
+            groups[hashlib.sha256(reader.read(shard, offset, size)).digest()].append(name)
+        except HubertRayError:  # a shard that was cut short has a finding of its own
+            continue
+    repeated = [" = ".join(names) for names in groups.values() if len(names) > 1]
+    return Finding(
+        "corpus.duplicates",
+        "warning" if repeated else "ok",
+        f"{len(repeated)} recordings occur more than once{_such_as(repeated)}",
+        "test speech in train, and speech that counts twice",
+    )
+
+
+def label_findings(corpus: Artifact, labels: Artifact, frame_rate_hz: int, clusters: int) -> Iterator[Finding]:
+    """Of sealed labels: whether each utterance has those of its frames, and how they are spread over the clusters."""
+    name = labels.path.split("/")[-2]
+    manifest = Manifest.read(corpus.storage, corpus.path, ["utterance_id", "shard", "samples", "split"])
+    try:
+        store = LabelStore(corpus.storage, labels.path, manifest, frame_rate_hz)
+    except HubertRayError as error:
+        store, said = None, str(error)
+    yield Finding(
+        f"{name}.labels.lengths",
+        "ok" if store else "failed",
+        f"every utterance has one label per frame at {frame_rate_hz} Hz" if store else said,
+        "labels that slide against the audio: a loss that stays at the unigram entropy",
+    )
+    if store:
+        counts_K = store.histogram(pc.equal(manifest.table["split"], "train").to_numpy(), clusters)
+        yield _spread(name, counts_K, clusters)
+        same = np.array_equal(counts_K, labels.read_json(layout.QUALITY)["histogram"])
+        yield Finding(
+            f"{name}.labels.unchanged",
+            "ok" if same else "failed",
+            f"the train labels are {'' if same else 'not '}those that were measured when they were made",
+            "training on labels that were replaced or mixed up since",
+        )
+
+
+def _spread(name: str, counts_K: np.ndarray, clusters: int) -> Finding:
+    total, beyond = max(1, int(counts_K.sum())), int(counts_K[clusters:].sum())
+    dead, share = int((counts_K[:clusters] == 0).sum()), float(counts_K.max() / total)
+    status: Status = "failed" if beyond else "warning" if dead > DEAD * clusters or share > DOMINANT else "ok"
+    return Finding(
+        f"{name}.labels.clusters",
+        status,
+        f"{dead} of {clusters} clusters never occur in train, the commonest has {100 * share:.1f} % of the frames"
+        + (f", {beyond} labels are no cluster of this codebook" if beyond else ""),
+        "a model that learns a constant; a head that is indexed out of its rows",
+    )
+
+
+def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, clusters: int) -> Iterator[Finding]:
+    """Of sealed centroids: their shape and values, and that no more frames were clustered than the train split has."""
+    name = codebook.path.split("/")[-2]
+    centroids_KD = np.load(pa.BufferReader(codebook.read(layout.CENTROIDS)), allow_pickle=False)
+    fine = len(centroids_KD) == clusters and bool(np.isfinite(centroids_KD).all())
+    yield Finding(
+        f"{name}.codebook.centroids",
+        "ok" if fine else "failed",
+        f"{centroids_KD.shape} {centroids_KD.dtype}, {np.isfinite(centroids_KD).mean():.0%} finite; the recipe has {clusters}",
+        "labels beyond the model's classes, or all of one class",
+    )
+    samples_N = Manifest.read(corpus.storage, corpus.path, ["samples", "split"]).split("train").numbers("samples")
+    stride = SAMPLE_RATE // frame_rate_hz
+    train_frames = int(np.maximum(0, (samples_N - RECEPTIVE_FIELD) // stride + 1).sum())
+    fitted = codebook.require().facts["frames"]
+    yield Finding(
+        f"{name}.codebook.train_only",
+        "ok" if fitted <= train_frames else "failed",
+        f"fitted on {fitted} frames; the train split has {train_frames}",
+        "clusters that have seen the dev and test speech which they are measured on",
+    )
+
+
+def memory_finding(name: str, model: ModelSize, settings: Pretrain, cluster: Cluster, gpu_gib: float | None) -> Finding:
+    """How much GPU memory a training worker will need: an estimate by arithmetic, not a measurement.
+
+    bf16 with ZeRO 1: per parameter 4 bytes of weight and gradient, and 12 of master weight and moments shared out among the
+    workers. A block keeps about 34 bytes per frame and width (Korthikanti et al. 2022, without attention weights, which flash
+    attention never stores), 2 where it is recomputed. The conv stack keeps three tensors of each layer, the first 64 times as
+    long as the frames.
+    """
+    frames = frames_of(int(settings.micro_batch_seconds * SAMPLE_RATE))
+    state = encoder_parameters(model) * (4 + 12 / cluster.train_workers)
+    blocks = model.layers * frames * model.dim * (2 if cluster.recompute else 34)
+    conv = 3 * 2 * frames * model.conv_channels * (64 + 32 + 16 + 8 + 4 + 2 + 1)
+    gib = (state + blocks + conv) / 2**30
+    return Finding(
+        f"{name}.gpu_memory",
+        "warning" if gpu_gib is not None and gib > gpu_gib else "ok",
+        f"about {gib:.1f} GiB per training worker, for {settings.micro_batch_seconds:g} s of audio at a time"
+        + (f"; the smallest GPU has {gpu_gib:.0f} GiB" if gpu_gib else "; no GPU in sight"),
+        "running out of memory in the first step; lower pretrain.micro_batch_seconds or set --cluster recompute=true",
+    )
+
+
+def encoder_parameters(model: ModelSize) -> int:
+    """How many numbers a body has (all but the head)."""
+    dim, ffn_dim, channels = model.dim, model.ffn_dim, model.conv_channels
+    conv = channels * (CONV_KERNELS[0] + channels * sum(CONV_KERNELS[1:]))
+    norms = 2 * channels * (len(CONV_KERNELS) if model.conv_norm == "layer" else 1)
+    biases = channels * (len(CONV_KERNELS) if model.conv_norm == "layer" else len(CONV_KERNELS) - 1) * model.conv_bias
+    projection = 2 * channels + channels * dim + dim
+    position = dim * (dim // model.position_groups) * model.position_kernel + model.position_kernel + dim
+    block = 4 * (dim * dim + dim) + 2 * dim * ffn_dim + ffn_dim + dim + 4 * dim
+    return conv + norms + biases + projection + dim + position + 2 * dim + model.layers * block
+
+
+def node_findings(reports: list[NodeReport]) -> Iterator[Finding]:
+    """Of the nodes of the cluster: whether each reaches the storage and has the same libraries."""
+    unreachable = [f"{report.node} ({report.storage_error})" for report in reports if report.storage_error]
+    yield Finding(
+        "nodes.storage",
+        "failed" if unreachable else "ok",
+        f"{len(reports) - len(unreachable)} of {len(reports)} nodes can write to the storage and read back{_such_as(unreachable)}",
+        "a stage that dies on some nodes only, hours into the run",
+    )
+    names = sorted({name for report in reports for name in report.versions})
+    values = {name: sorted({report.versions.get(name, "absent") for report in reports}) for name in names}
+    differing = [f"{name} {' and '.join(found)}" for name, found in values.items() if len(found) > 1]
+    yield Finding(
+        "nodes.versions",
+        "failed" if differing else "ok",
+        f"{len(differing)} libraries differ between {len(reports)} nodes{_such_as(differing)}",
+        "errors in unpickling, and results that depend on the node",
+    )
+
+
+def _such_as(names: list[str]) -> str:
+    if not names:
+        return ""
+    return ": " + ", ".join(names[:EXAMPLES]) + (", …" if len(names) > EXAMPLES else "")

@@ -1,0 +1,259 @@
+"""Does the doctor see what is wrong, and call a healthy run healthy? A small corpus with labels, broken in one place each time."""
+
+from __future__ import annotations
+
+import io
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+
+from hubert_ray import health
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.recipe import Pretrain
+from hubert_ray.config.sizes import BASE, LARGE, TINY, XLARGE
+from hubert_ray.data.frames import mfcc_frames_of
+from hubert_ray.data.shards import RawUtterance, write_shard
+from hubert_ray.machine import NodeReport
+from hubert_ray.model.hubert import Encoder
+from hubert_ray.storage import layout, schemas
+from hubert_ray.storage.artifacts import Artifact, identity_of
+from hubert_ray.storage.filesystem import Storage
+
+CLUSTERS, UTTERANCES = 10, 30
+
+
+def flac(seed: int, rate: int = 16_000) -> bytes:
+    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, rate)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise, rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+class Run:
+    """A corpus of one shard, its labels and its codebook, each sealed; `seal` makes them from what the attributes hold."""
+
+    def __init__(self, folder):
+        self.storage = Storage(str(folder))
+        self.utterances = [
+            RawUtterance(
+                f"u{number:02}",
+                f"s{number % 5 + 5 * (number >= 20)}",
+                "dev" if number >= 20 else "train",
+                "flac",
+                flac(number),
+            )
+            for number in range(UTTERANCES)
+        ]
+        self.quarantined = 0
+        self.corpus, self.labels, self.codebook = (
+            Artifact(self.storage, path, identity_of(path, {}, {}))
+            for path in ("corpora/small", "runs/r/iter1/assign_labels", "runs/r/iter1/learn_kmeans")
+        )
+        self.rows: list[dict] = []
+        self.centroids = np.zeros((CLUSTERS, 39), dtype=np.float32)
+        self.fitted = 20 * 98
+
+    def seal_corpus(self) -> None:
+        tables = write_shard(self.storage, self.corpus.path, "train-00000", self.utterances)
+        self.storage.write(self.corpus.file(layout.MANIFEST), schemas.encode(tables.manifest))
+        self.corpus.seal({"utterances": tables.manifest.num_rows, "quarantined": self.quarantined})
+        rng = np.random.default_rng(0)
+        self.rows = [
+            {
+                "utterance_id": row["utterance_id"],
+                "labels": rng.integers(0, CLUSTERS, mfcc_frames_of(row["samples"])),
+                "frame_rate_hz": 100,
+            }
+            for row in tables.manifest.to_pylist()
+        ]
+
+    def seal_labels(self) -> None:
+        self.write_labels()
+        train = np.concatenate([row["labels"] for row in self.rows[:20]])
+        self.labels.write_json(layout.QUALITY, {"histogram": np.bincount(train, minlength=CLUSTERS).tolist()})
+        self.labels.seal({})
+
+    def write_labels(self) -> None:
+        table = pa.Table.from_pylist(self.rows, schema=schemas.LABELS)
+        self.storage.write(self.labels.file(layout.part("train-00000")), schemas.encode(table))
+
+    def seal_codebook(self) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, self.centroids)
+        self.storage.write(self.codebook.file(layout.CENTROIDS), buffer.getvalue())
+        self.codebook.seal({"frames": self.fitted})
+
+    def findings(self) -> dict[str, health.Finding]:
+        found = [
+            *health.corpus_findings(self.corpus),
+            *health.label_findings(self.corpus, self.labels, 100, CLUSTERS),
+            *health.codebook_findings(self.corpus, self.codebook, 100, CLUSTERS),
+        ]
+        return {finding.check: finding for finding in found}
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    run = Run(tmp_path)
+    run.seal_corpus()
+    run.seal_labels()
+    run.seal_codebook()
+    return run
+
+
+def not_ok(findings: dict[str, health.Finding]) -> dict[str, str]:
+    return {name: finding.status for name, finding in findings.items() if finding.status != "ok"}
+
+
+def test_a_healthy_run_is_healthy(run):
+    findings = run.findings()
+    assert len(findings) == 10
+    assert not_ok(findings) == {}
+    assert all(finding.prevents for finding in findings.values())
+
+
+def change_utterance(run: Run, number: int, **changes) -> None:
+    old = run.utterances[number]
+    fields = {name: getattr(old, name) for name in ("utterance_id", "speaker", "split", "suffix", "audio")}
+    run.utterances[number] = RawUtterance(**fields | changes)
+    run.seal_corpus()
+    run.seal_labels()
+
+
+def test_a_speaker_of_train_in_dev(run):
+    change_utterance(run, 25, speaker="s1")
+    findings = run.findings()
+    assert not_ok(findings) == {"corpus.speakers": "warning"}
+    assert "s1" in findings["corpus.speakers"].found
+
+
+def test_a_recording_that_occurs_twice(run):
+    change_utterance(run, 25, audio=flac(3))
+    findings = run.findings()
+    assert not_ok(findings) == {"corpus.duplicates": "warning"}
+    assert "u03 = u25" in findings["corpus.duplicates"].found
+
+
+def test_telephone_speech(run):
+    change_utterance(run, 4, audio=flac(4, rate=8000))
+    assert not_ok(run.findings()) == {"corpus.sample_rate": "warning"}
+
+
+def test_many_recordings_set_aside(run):
+    run.corpus.seal({"utterances": UTTERANCES, "quarantined": 3})
+    findings = run.findings()
+    assert not_ok(findings) == {"corpus.quarantine": "warning"}
+    assert "3 of 33" in findings["corpus.quarantine"].found
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.7])
+def test_a_shard_that_was_cut_short_or_lost(run, kept):
+    path = run.corpus.file(layout.audio_shard("train-00000"))
+    data = run.storage.read(path)
+    run.storage.delete(path) if kept == 0 else run.storage.write(path, data[: int(kept * len(data))])
+    findings = run.findings()
+    assert not_ok(findings) == {"corpus.shards": "failed"}
+    assert "1 of 1 shards" in findings["corpus.shards"].found
+
+
+@pytest.mark.parametrize("rows", [slice(0, -1), slice(5, None)])
+def test_utterances_without_labels(run, rows):
+    run.rows = run.rows[rows]
+    run.write_labels()
+    findings = run.findings()
+    assert not_ok(findings) == {"iter1.labels.lengths": "failed"}
+    assert "have no labels" in findings["iter1.labels.lengths"].found
+
+
+def test_labels_one_frame_short(run):
+    run.rows[7]["labels"] = run.rows[7]["labels"][:-1]
+    run.write_labels()
+    assert "'u07' has 97 labels" in run.findings()["iter1.labels.lengths"].found
+
+
+def test_labels_at_another_rate(run):
+    run.rows = [row | {"frame_rate_hz": 50} for row in run.rows]
+    run.write_labels()
+    assert "expected 100 Hz" in run.findings()["iter1.labels.lengths"].found
+
+
+def test_labels_that_were_replaced(run):
+    run.rows[3]["labels"] = np.roll(run.rows[3]["labels"], 1)
+    run.rows[3]["labels"][0] = (run.rows[3]["labels"][0] + 1) % CLUSTERS
+    run.write_labels()
+    assert not_ok(run.findings()) == {"iter1.labels.unchanged": "failed"}
+
+
+def test_dead_and_dominant_clusters(run):
+    for row in run.rows:
+        row["labels"] = np.where(row["labels"] > 6, 0, row["labels"])
+    run.seal_labels()
+    findings = run.findings()
+    assert not_ok(findings) == {"iter1.labels.clusters": "warning"}
+    assert "3 of 10 clusters never occur" in findings["iter1.labels.clusters"].found
+
+
+def test_a_label_beyond_the_codebook(run):
+    run.rows[2]["labels"][5] = CLUSTERS + 2
+    run.seal_labels()
+    findings = run.findings()
+    assert not_ok(findings) == {"iter1.labels.clusters": "failed"}
+    assert "1 labels are no cluster" in findings["iter1.labels.clusters"].found
+
+
+def test_a_codebook_that_saw_more_than_train(run):
+    run.fitted = 30 * 98
+    run.seal_codebook()
+    findings = run.findings()
+    assert not_ok(findings) == {"iter1.codebook.train_only": "failed"}
+    assert "2940 frames; the train split has 1960" in findings["iter1.codebook.train_only"].found
+
+
+@pytest.mark.parametrize("spoil", [lambda c: c[:-1], lambda c: c + np.nan])
+def test_broken_centroids(run, spoil):
+    run.centroids = spoil(run.centroids)
+    run.seal_codebook()
+    assert not_ok(run.findings()) == {"iter1.codebook.centroids": "failed"}
+
+
+def test_nodes_that_differ_or_do_not_reach_the_storage():
+    good = NodeReport("a", {"torch": "2.11.0"}, None, None)
+    assert {f.status for f in health.node_findings([good, good])} == {"ok"}
+    bad = NodeReport("b", {"torch": "2.10.0"}, "no such bucket", None)
+    storage, versions = health.node_findings([good, bad])
+    assert (storage.status, versions.status) == ("failed", "failed")
+    assert "b (no such bucket)" in storage.found
+    assert "torch 2.10.0 and 2.11.0" in versions.found
+
+
+@pytest.mark.parametrize(
+    "size",
+    [TINY, msgspec.structs.replace(TINY, conv_norm="layer", conv_bias=True), BASE],
+    ids=["tiny", "layer", "base"],
+)
+def test_parameters_are_counted_right(size):
+    assert health.encoder_parameters(size) == sum(p.numel() for p in Encoder(size).parameters())
+
+
+def test_parameters_of_the_papers_sizes():
+    head = {1024: 768 * 1024 + 768 + 504 * 768, 1280: 1024 * 1280 + 1024 + 504 * 1024}
+    assert health.encoder_parameters(LARGE) + head[1024] == 316_609_408
+    assert health.encoder_parameters(XLARGE) + head[1280] == 964_321_664
+
+
+def test_memory_grows_with_the_model_and_shrinks_with_workers_and_recomputing():
+    def gib(size, gpu_gib=None, **cluster):
+        finding = health.memory_finding(
+            "iter1", size, Pretrain(steps=1, peak_lr=1e-3, micro_batch_seconds=22.5), Cluster(**cluster), gpu_gib
+        )
+        return float(finding.found.split()[1]), finding.status
+
+    one, many = gib(XLARGE, train_workers=1)[0], gib(XLARGE, train_workers=64)[0]
+    assert one - many == pytest.approx(964e6 * 12 * 63 / 64 / 2**30, abs=0.2)
+    assert gib(LARGE)[0] < gib(XLARGE)[0]
+    assert gib(XLARGE, recompute=True)[0] < gib(XLARGE)[0]
+    assert gib(XLARGE, gpu_gib=one - 1, train_workers=1)[1] == "warning"
+    assert gib(XLARGE, gpu_gib=one + 1, train_workers=1)[1] == "ok"
