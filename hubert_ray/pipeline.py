@@ -21,7 +21,7 @@ import msgspec
 
 from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import Iteration, Layer, LibriSpeech, Recipe, Teacher
+from hubert_ray.config.recipe import AudioFolder, Iteration, Layer, LibriSpeech, Recipe, Teacher
 from hubert_ray.errors import CorpusError, HubertRayError, RecipeError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
@@ -155,9 +155,11 @@ def _path(recipe: Recipe, stage: Stage) -> str:
 def _identity_settings(stage: Stage) -> dict[str, Any]:
     """A stage's settings as plain data, without the places where things lie."""
     corpus = stage.settings.get("corpus")
-    if isinstance(corpus, LibriSpeech):
-        moved = msgspec.structs.replace(corpus, path="", alignments="given" if corpus.alignments else None)
-        return {"corpus": msgspec.to_builtins(moved)}
+    if isinstance(corpus, LibriSpeech | AudioFolder):
+        placeless = msgspec.to_builtins(corpus) | {"path": ""}
+        if placeless.get("alignments"):
+            placeless["alignments"] = "given"
+        return {"corpus": placeless}
     return msgspec.to_builtins(stage.settings)
 
 

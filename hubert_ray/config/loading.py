@@ -25,7 +25,7 @@ import msgspec
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.presets import PRESETS
-from hubert_ray.config.recipe import Finetune, Iteration, LibriSpeech, Recipe
+from hubert_ray.config.recipe import EmbeddedCorpus, Finetune, Iteration, Recipe
 from hubert_ray.config.sizes import SIZES
 from hubert_ray.errors import RecipeError
 
@@ -217,7 +217,7 @@ def _check(recipe: Recipe) -> Recipe:
         _check_iteration(iteration)
     if recipe.decode and not recipe.finetune:
         raise RecipeError("decode needs finetune: switch decode off too (decode = false), or give finetune settings")
-    if isinstance(recipe.corpus, LibriSpeech):
+    if not isinstance(recipe.corpus, EmbeddedCorpus):
         both = sorted(set(recipe.corpus.dev_speakers) & set(recipe.corpus.test_speakers))
         if both:
             raise RecipeError(f"corpus: speakers {', '.join(both)} stand in both dev_speakers and test_speakers")

@@ -53,7 +53,22 @@ class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_fi
     shard_mib: Count = 256  # a new audio shard is begun at this size
 
 
-Corpus = EmbeddedCorpus | LibriSpeech
+class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="kind"):
+    """Any tree of .flac, .wav, .ogg, .opus and .mp3 files; `<file>.txt` beside a recording is its transcript.
+
+    `[<subset>/]<speaker>/…/<recording>`: a first folder named train, dev or test, or train-*, dev-*, test-*, is a split; the next
+    one names the speaker. Without such folders all is train and `dev_speakers` and `test_speakers` move whole speakers.
+    An utterance's id is its path below `path`, without the suffix.
+    """
+
+    name: str
+    path: str
+    dev_speakers: tuple[str, ...] = ()
+    test_speakers: tuple[str, ...] = ()
+    shard_mib: Count = 256  # a new audio shard is begun at this size
+
+
+Corpus = EmbeddedCorpus | LibriSpeech | AudioFolder
 
 
 # --- one HuBERT iteration ---------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ alone: a chapter, a speaker. What `read` cannot use it yields as `Rejected`; the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hubert_ray.config.recipe import Corpus, EmbeddedCorpus, LibriSpeech
+from hubert_ray.config.recipe import AudioFolder, Corpus, EmbeddedCorpus, LibriSpeech
 from hubert_ray.data import synthetic
 from hubert_ray.data.shards import RawUtterance, Rejected
 from hubert_ray.errors import CorpusError
@@ -27,6 +28,7 @@ class Group:
     name: str
     split: str
     bytes: int  # of audio, roughly; only used to fill shards evenly
+    files: tuple[str, ...] = ()  # in it, where the name alone does not tell them
 
 
 class Source(Protocol):
@@ -38,7 +40,13 @@ class Source(Protocol):
 
 
 def open_source(corpus: Corpus) -> Source:
-    return EmbeddedSource(corpus) if isinstance(corpus, EmbeddedCorpus) else LibriSpeechSource(corpus)
+    match corpus:
+        case EmbeddedCorpus():
+            return EmbeddedSource(corpus)
+        case LibriSpeech():
+            return LibriSpeechSource(corpus)
+        case AudioFolder():
+            return AudioFolderSource(corpus)
 
 
 def plan_shards(groups: list[Group], shard_bytes: int) -> dict[str, list[Group]]:
@@ -75,7 +83,29 @@ class EmbeddedSource:
             yield RawUtterance(made.utterance_id, made.speaker, made.split, "flac", made.flac, made.text, made.phones)
 
 
-class LibriSpeechSource:
+class _Tree:
+    """What trees of files share: their root, and the split of a speaker."""
+
+    def __init__(self, corpus: LibriSpeech | AudioFolder, expected: str):
+        self._root = Path(corpus.path).expanduser()
+        self._moved = dict.fromkeys(corpus.dev_speakers, "dev") | dict.fromkeys(corpus.test_speakers, "test")
+        if not self._root.is_dir():
+            raise CorpusError(f"corpus.path: '{self._root}' is not a folder; give the folder that holds {expected}")
+
+    def _split(self, subset: str, speaker: str) -> str:
+        named = subset.split("-")[0]
+        return self._moved.get(speaker) or (named if named in SPLITS else "train")  # Libri-light: small, medium, large
+
+    def _check_moved(self, speakers: set[str]) -> None:
+        absent = sorted(self._moved.keys() - speakers)
+        if absent:
+            raise CorpusError(
+                f"corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, but '{self._root}' has no "
+                "such speaker; give the names of speaker folders"
+            )
+
+
+class LibriSpeechSource(_Tree):
     """`<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac` and `<speaker>-<chapter>.trans.txt`.
 
     A group is a chapter. A missing transcript leaves the utterance without text. Phone times, where `alignments` has the
@@ -83,13 +113,8 @@ class LibriSpeechSource:
     """
 
     def __init__(self, corpus: LibriSpeech):
-        self._root = Path(corpus.path).expanduser()
+        super().__init__(corpus, "train-clean-100 …")
         self._alignments = Path(corpus.alignments).expanduser() if corpus.alignments else None
-        self._moved = dict.fromkeys(corpus.dev_speakers, "dev") | dict.fromkeys(corpus.test_speakers, "test")
-        if not self._root.is_dir():
-            raise CorpusError(
-                f"corpus.path: '{self._root}' is not a folder; give the folder that holds train-clean-100 …"
-            )
         if self._alignments and not self._alignments.is_dir():
             raise CorpusError(f"corpus.alignments: '{self._alignments}' is not a folder")
 
@@ -102,21 +127,12 @@ class LibriSpeechSource:
                 f"'{self._root}' has no <subset>/<speaker>/<chapter>/*.flac. Expected LibriSpeech's layout; "
                 "give the folder that holds subsets such as train-clean-100"
             )
-        absent = sorted(self._moved.keys() - {chapter.parent.name for chapter in chapters})
-        if absent:
-            raise CorpusError(
-                f"corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, but '{self._root}' has no "
-                "such speaker; give the names of speaker folders"
-            )
-        return [
-            Group(chapter.relative_to(self._root).as_posix(), self._split(chapter), size)
-            for chapter, size in chapters.items()
-        ]
-
-    def _split(self, chapter: Path) -> str:
-        subset, speaker, _ = chapter.relative_to(self._root).parts
-        named = subset.split("-")[0]
-        return self._moved.get(speaker) or (named if named in SPLITS else "train")  # Libri-light: small, medium, large
+        self._check_moved({chapter.parent.name for chapter in chapters})
+        groups = []
+        for chapter, size in chapters.items():
+            subset, speaker, _ = chapter.relative_to(self._root).parts
+            groups.append(Group(chapter.relative_to(self._root).as_posix(), self._split(subset, speaker), size))
+        return groups
 
     def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
         folder = self._root / group.name
@@ -150,6 +166,63 @@ class LibriSpeechSource:
             return phones, None
         except ValueError as error:
             return None, Rejected(name, "bad_alignment", f"{file.name}: {error}; the audio is used without phones")
+
+
+class AudioFolderSource(_Tree):
+    """Any tree of audio files. A group is a folder's recordings, or some of them where there are many."""
+
+    SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+    FILES_A_GROUP = 500
+
+    def __init__(self, corpus: AudioFolder):
+        super().__init__(corpus, "the recordings")
+
+    def groups(self) -> list[Group]:
+        groups, speakers = [], set()
+        for folder, _, names in os.walk(self._root):
+            subset, speaker = self._place(Path(folder))
+            found = sorted(n for n in names if n.lower().endswith(self.SUFFIXES) and not n.startswith("."))
+            for number, start in enumerate(range(0, len(found), self.FILES_A_GROUP)):
+                files = tuple(found[start : start + self.FILES_A_GROUP])
+                size = sum(os.stat(os.path.join(folder, name)).st_size for name in files)
+                name = f"{Path(folder).relative_to(self._root).as_posix()}#{number:05d}"
+                groups.append(Group(name, self._split(subset, speaker), size, files))
+                speakers.add(speaker)
+        if not groups:
+            raise CorpusError(f"'{self._root}' holds no {', '.join(self.SUFFIXES)} files")
+        self._check_moved(speakers)
+        return groups
+
+    def _place(self, folder: Path) -> tuple[str, str]:
+        """(subset, speaker) of a folder's recordings; "" where no folder names them."""
+        parts = folder.relative_to(self._root).parts
+        subset, rest = (parts[0], parts[1:]) if parts and parts[0].split("-")[0] in SPLITS else ("", parts)
+        return subset, rest[0] if rest else ""
+
+    def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
+        folder = self._root / group.name.rpartition("#")[0]
+        _, speaker = self._place(folder)
+        for name in group.files:
+            file = folder / name
+            if not _is_text(str(file.relative_to(self._root))):
+                yield Rejected(repr(name), "bad_name", f"{group.name!r}: the file's name is not UTF-8")
+                continue
+            text, bad = _text_beside(file)
+            if bad:
+                yield bad
+            utterance_id = file.relative_to(self._root).with_suffix("").as_posix()
+            suffix = file.suffix[1:].lower()
+            yield RawUtterance(utterance_id, speaker, group.split, suffix, file.read_bytes(), text)
+
+
+def _text_beside(file: Path) -> tuple[str | None, Rejected | None]:
+    """The transcript in `<file>.txt`, one line or several."""
+    try:
+        return " ".join(file.with_suffix(".txt").read_text(encoding="utf-8").split()) or None, None
+    except FileNotFoundError:
+        return None, None
+    except (UnicodeDecodeError, OSError) as error:
+        return None, Rejected(file.stem, "bad_transcript", f"{error}; the audio is used without text")
 
 
 def _is_text(name: str) -> bool:

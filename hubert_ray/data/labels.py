@@ -37,7 +37,10 @@ class LabelStore:
         found = np.zeros(len(manifest), dtype=bool)
         ids = manifest.table["utterance_id"].combine_chunks()
         for shard, rows_N in _rows_by_shard(manifest):
-            part = schemas.decode(storage.read(f"{labels_path}/{layout.part(shard)}"))
+            try:
+                part = schemas.decode(storage.read(f"{labels_path}/{layout.part(shard)}"))
+            except FileNotFoundError as error:
+                raise LabelError(f"the labels of shard {shard} are missing: run assign_labels again") from error
             self._check_rate(part, shard)
             # Looked up among the shard's own ids: an index of all of them would be built anew for every shard.
             place_P = pc.index_in(part["utterance_id"], value_set=ids.take(rows_N)).to_numpy(zero_copy_only=False)

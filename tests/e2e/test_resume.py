@@ -35,11 +35,11 @@ KILLS = {
 }
 
 
-def command(storage: Path) -> list[str]:
+def command(storage: Path, name: str = "run") -> list[str]:
     recipe = storage.parent / "one_iteration.json"
     if not recipe.exists():
         recipe.write_bytes(one_iteration())
-    return [sys.executable, "-m", "hubert_ray.cli", "run", "--recipe", str(recipe), "--storage", str(storage)]
+    return [sys.executable, "-m", "hubert_ray.cli", name, "--recipe", str(recipe), "--storage", str(storage)]
 
 
 def one_iteration() -> bytes:
@@ -148,3 +148,38 @@ def test_a_changed_recipe_under_the_same_name_is_an_error(storages):
     assert "settings.steps: 12 on storage, 13 in the recipe" in changed.stderr
     assert "hubert-ray remove runs/smoke/iter1/pretrain" in changed.stderr
     assert "Traceback" not in changed.stderr
+
+
+def doctor(storage: Path, *arguments: str) -> tuple[int, dict[str, dict]]:
+    done = subprocess.run(
+        [*command(storage, "doctor"), "--json", *arguments], capture_output=True, text=True, timeout=120
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["ok"] == (done.returncode == 0)
+    return done.returncode, {finding["check"]: finding for finding in told["findings"]}
+
+
+def test_the_doctor_tells_a_healthy_run_from_a_broken_one(storages):
+    healthy, broken = storages
+    code, findings = doctor(healthy)
+    assert code == 0
+    assert {finding["status"] for finding in findings.values()} == {"ok"}
+    assert {
+        "nodes.storage",
+        "nodes.versions",
+        "run.artifacts",
+        "corpus.shards",
+        "iter1.labels.lengths",
+    } <= findings.keys()
+    shard = next((broken / "corpora/smoke/audio").glob("train-*.tar"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    next((broken / "runs/smoke/iter1/assign_labels/parts").glob("train-*.parquet")).unlink()
+    code, findings = doctor(broken, "--no-nodes")
+    assert code == 1
+    assert {name for name, finding in findings.items() if finding["status"] == "failed"} == {
+        "corpus.shards",
+        "iter1.labels.lengths",
+    }
+    code, findings = doctor(healthy, "--no-nodes", "--set", "iterations.iter1.kmeans.seed=5")
+    assert code == 1
+    assert "kmeans.seed: 0 on storage, 5 in the recipe" in findings["run.artifacts"]["found"]

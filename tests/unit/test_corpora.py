@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from hubert_ray.config.recipe import LibriSpeech
+from hubert_ray.config.recipe import AudioFolder, LibriSpeech
 from hubert_ray.data import audio
-from hubert_ray.data.corpora import Group, LibriSpeechSource, open_source, plan_shards
+from hubert_ray.data.corpora import AudioFolderSource, Group, LibriSpeechSource, open_source, plan_shards
 from hubert_ray.data.shards import RawUtterance, Rejected, write_shard
 from hubert_ray.errors import CorpusError
 from hubert_ray.storage.filesystem import Storage
@@ -261,3 +261,97 @@ def test_the_real_tree():
             assert item.phones
             assert item.phones[0][0] == 0
             assert item.phones[-1][1] <= samples
+
+
+# --- any folder -------------------------------------------------------------------------------------------------------
+
+
+def recording(file: Path, suffix: str) -> bytes:
+    """A recording in the format that the suffix names."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kind = {
+        "ogg": ("OGG", "VORBIS"),
+        "opus": ("OGG", "OPUS"),
+        "mp3": ("MP3", "MPEG_LAYER_III"),
+        "wav": ("WAV", "PCM_16"),
+        "flac": ("FLAC", "PCM_16"),
+    }
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16_000)
+    with file.open("wb") as stream:
+        soundfile.write(stream, noise, 16_000, format=kind[suffix][0], subtype=kind[suffix][1])
+    return file.read_bytes()
+
+
+def folder_contents(root: Path, **settings) -> tuple[list[RawUtterance], list[Rejected]]:
+    opened = open_source(AudioFolder(name="c", path=str(root), **settings))
+    found = [item for group in opened.groups() for item in opened.read(group)]
+    return [i for i in found if isinstance(i, RawUtterance)], [i for i in found if isinstance(i, Rejected)]
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav", "ogg", "opus", "mp3"])
+def test_a_folder_of_any_format_can_be_decoded(tmp_path, suffix):
+    data = recording(tmp_path / "anna" / f"one.{suffix.upper()}", suffix)
+    (utterance,), rejected = folder_contents(tmp_path)
+    assert not rejected
+    assert (utterance.utterance_id, utterance.speaker, utterance.split) == ("anna/one", "anna", "train")
+    assert (utterance.suffix, utterance.audio) == (suffix, data)
+    assert abs(len(audio.decode(data)) - 16_000) < 2000  # lossy formats pad
+
+
+def test_splits_speakers_and_texts_of_a_folder(tmp_path):
+    for place in (
+        "train/anna/a.wav",
+        "train/anna/deep/b.wav",
+        "dev-clean/ben/c.wav",
+        "test/cleo/d.wav",
+        "lone.wav",
+        "train/anna/._a.wav",
+    ):
+        recording(tmp_path / place, "wav")
+    (tmp_path / "train/anna/a.txt").write_text("HELLO\n WORLD\n")
+    (tmp_path / "dev-clean/ben/c.txt").write_bytes(b"CAF\xc9")
+    (tmp_path / "notes.pdf").write_text("ignored")
+    utterances, rejected = folder_contents(tmp_path)
+    assert sorted((u.utterance_id, u.speaker, u.split, u.text) for u in utterances) == [
+        ("dev-clean/ben/c", "ben", "dev", None),
+        ("lone", "", "train", None),
+        ("test/cleo/d", "cleo", "test", None),
+        ("train/anna/a", "anna", "train", "HELLO WORLD"),
+        ("train/anna/deep/b", "anna", "train", None),
+    ]
+    assert [(r.source, r.reason) for r in rejected] == [("c", "bad_transcript")]
+
+
+def test_speakers_of_a_folder_are_moved_and_must_be_there(tmp_path):
+    for speaker in ("anna", "ben"):
+        recording(tmp_path / speaker / "a.wav", "wav")
+    utterances, _ = folder_contents(tmp_path, dev_speakers=("ben",))
+    assert {(u.speaker, u.split) for u in utterances} == {("anna", "train"), ("ben", "dev")}
+    with pytest.raises(CorpusError, match="name cleo"):
+        folder_contents(tmp_path, test_speakers=("cleo",))
+
+
+def test_a_large_folder_is_several_groups_that_hold_every_file_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(AudioFolderSource, "FILES_A_GROUP", 3)
+    for number in range(8):
+        recording(tmp_path / "anna" / f"{number}.wav", "wav")
+    opened = open_source(AudioFolder(name="c", path=str(tmp_path)))
+    groups = opened.groups()
+    assert [len(group.files) for group in groups] == [3, 3, 2]
+    names = [u.utterance_id for group in groups for u in opened.read(group)]
+    assert names == [f"anna/{number}" for number in range(8)]
+
+
+def test_same_names_with_two_suffixes_are_quarantined_once(tmp_path):
+    for suffix in ("wav", "flac"):
+        recording(tmp_path / "tree" / "anna" / f"a.{suffix}", suffix)
+    opened = open_source(AudioFolder(name="c", path=str(tmp_path / "tree")))
+    (group,) = opened.groups()
+    tables = write_shard(Storage(str(tmp_path / "out")), "c", "train-00000", opened.read(group))
+    assert tables.manifest["utterance_id"].to_pylist() == ["anna/a"]
+    assert tables.quarantine["reason"].to_pylist() == ["duplicate_id"]
+
+
+def test_a_folder_without_recordings_is_an_error(tmp_path):
+    with pytest.raises(CorpusError, match="holds no .flac"):
+        folder_contents(tmp_path)

@@ -168,6 +168,13 @@ def test_utterances_without_labels(run, rows):
     assert "have no labels" in findings["iter1.labels.lengths"].found
 
 
+def test_a_missing_part_of_the_labels(run):
+    run.storage.delete(run.labels.file(layout.part("train-00000")))
+    findings = run.findings()
+    assert not_ok(findings) == {"iter1.labels.lengths": "failed"}
+    assert "labels of shard train-00000 are missing" in findings["iter1.labels.lengths"].found
+
+
 def test_labels_one_frame_short(run):
     run.rows[7]["labels"] = run.rows[7]["labels"][:-1]
     run.write_labels()
