@@ -8,7 +8,7 @@ A step is forward, masked-prediction loss, backward and fused AdamW, on equal ra
 masked, dropout and LayerDrop as the paper trains the size. Each system lives in a process of its own, and they step in
 turn, so that a slow moment of the machine meets all of them alike; figures are medians, ratios are medians of the ratios of
 neighbours. Our training workers ask torch for huge pages (`distributed/cluster.py`), so ours has them here and peers do not,
-unless `--huge-pages all` says so.
+unless `--huge-pages all` says so. bf16 means autocast over fp32 weights for all; our training keeps bf16 weights beside fp32 ones.
 
 Peers are not dependencies; whichever can be imported is measured:
     torchaudio        its HuBERTPretrainModel

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import Pretrain
+from hubert_ray.config.recipe import Kmeans, Pretrain
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.corpora import SPLITS
 from hubert_ray.data.frames import CONV_KERNELS, RECEPTIVE_FIELD, SAMPLE_RATE, frames_of
@@ -34,6 +34,7 @@ MUCH_QUARANTINE = 0.05  # of the recordings
 MUCH_UPSAMPLED = 0.01  # of the utterances
 DOMINANT = 0.3  # share of the frames that one cluster may have
 DEAD = 0.1  # share of the clusters that may never occur
+MUCH_READING = 20_000  # recordings, about 2 GB
 EXAMPLES = 3  # named in a message
 
 
@@ -47,13 +48,15 @@ class Finding:
     prevents: str
 
 
-def corpus_findings(artifact: Artifact) -> Iterator[Finding]:
-    """Of a sealed corpus: its shards, splits, duplicates and sample rates."""
-    manifest = Manifest.read(artifact.storage, artifact.path)
+def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
+    """Of a sealed corpus: its shards, splits and sample rates; with `read_audio` also its duplicates."""
+    columns = ["utterance_id", "speaker", "split", "shard", "offset", "size", "samples", "sample_rate_hz"]
+    manifest = Manifest.read(artifact.storage, artifact.path, columns)
     facts = artifact.require().facts
     yield _shards(artifact.storage, artifact.path, manifest)
     yield _speakers(manifest)
-    yield _duplicates(artifact.storage, artifact.path, manifest)
+    if read_audio:
+        yield _duplicates(artifact.storage, artifact.path, manifest)
     low = int((manifest.numbers("sample_rate_hz") < SAMPLE_RATE).sum())
     yield Finding(
         "corpus.sample_rate",
@@ -99,13 +102,14 @@ def _speakers(manifest: Manifest) -> Finding:
 
 
 def _duplicates(storage: Storage, path: str, manifest: Manifest) -> Finding:
-    """Recordings with the same bytes; only those of equal size and length are read."""
+    """Recordings with the same bytes; only those of equal size and length are read, and of them not more than a fair number."""
     sizes = manifest.numbers("size") * 2**32 + manifest.numbers("samples") % 2**32
     order = np.argsort(sizes, kind="stable")
     same = np.flatnonzero(sizes[order][1:] == sizes[order][:-1])
     reader = AudioReader(storage, path)
     groups: dict[bytes, list[str]] = defaultdict(list)
-    for row in np.unique(order[np.concatenate([same, same + 1])]).tolist():
+    candidates = np.unique(order[np.concatenate([same, same + 1])])
+    for row in candidates[:MUCH_READING].tolist():
         name, shard, offset, size = (
             manifest.table[column][row].as_py() for column in ("utterance_id", "shard", "offset", "size")
         )
@@ -117,9 +121,14 @@ def _duplicates(storage: Storage, path: str, manifest: Manifest) -> Finding:
     return Finding(
         "corpus.duplicates",
         "warning" if repeated else "ok",
-        f"{len(repeated)} recordings occur more than once{_such_as(repeated)}",
+        f"{len(repeated)} recordings occur more than once{_such_as(repeated)}"
+        + _unread(len(candidates) - MUCH_READING),
         "test speech in train, and speech that counts twice",
     )
+
+
+def _unread(recordings: int) -> str:
+    return f"; {recordings} more of equal size and length were not compared" if recordings > 0 else ""
 
 
 def label_findings(corpus: Artifact, labels: Artifact, frame_rate_hz: int, clusters: int) -> Iterator[Finding]:
@@ -161,25 +170,29 @@ def _spread(name: str, counts_K: np.ndarray, clusters: int) -> Finding:
     )
 
 
-def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, clusters: int) -> Iterator[Finding]:
-    """Of sealed centroids: their shape and values, and that no more frames were clustered than the train split has."""
+def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, kmeans: Kmeans) -> Iterator[Finding]:
+    """Of sealed centroids: their shape and values, and whether they were fitted on as many frames as the train sample has."""
     name = codebook.path.split("/")[-2]
     centroids_KD = np.load(pa.BufferReader(codebook.read(layout.CENTROIDS)), allow_pickle=False)
-    fine = len(centroids_KD) == clusters and bool(np.isfinite(centroids_KD).all())
+    fine = len(centroids_KD) == kmeans.clusters and bool(np.isfinite(centroids_KD).all())
     yield Finding(
         f"{name}.codebook.centroids",
         "ok" if fine else "failed",
-        f"{centroids_KD.shape} {centroids_KD.dtype}, {np.isfinite(centroids_KD).mean():.0%} finite; the recipe has {clusters}",
+        f"{centroids_KD.shape} {centroids_KD.dtype}, {np.isfinite(centroids_KD).mean():.0%} finite; the recipe has "
+        f"{kmeans.clusters} clusters",
         "labels beyond the model's classes, or all of one class",
     )
-    samples_N = Manifest.read(corpus.storage, corpus.path, ["samples", "split"]).split("train").numbers("samples")
-    stride = SAMPLE_RATE // frame_rate_hz
-    train_frames = int(np.maximum(0, (samples_N - RECEPTIVE_FIELD) // stride + 1).sum())
+    expected, stride = 0, SAMPLE_RATE // frame_rate_hz
+    manifest = Manifest.read(corpus.storage, corpus.path, ["shard", "samples", "split"]).split("train")
+    for shard in manifest.shards():
+        samples_N = manifest.where(pc.equal(manifest.table["shard"], shard)).numbers("samples")
+        chosen_N = samples_N[Manifest(pa.table({"samples": samples_N})).sample(kmeans.sample_share, kmeans.seed, shard)]
+        expected += int(((chosen_N - RECEPTIVE_FIELD) // stride + 1).sum())
     fitted = codebook.require().facts["frames"]
     yield Finding(
         f"{name}.codebook.train_only",
-        "ok" if fitted <= train_frames else "failed",
-        f"fitted on {fitted} frames; the train split has {train_frames}",
+        "ok" if fitted == expected else "failed",
+        f"fitted on {fitted} frames; the sample of the train split has {expected}",
         "clusters that have seen the dev and test speech which they are measured on",
     )
 
@@ -187,22 +200,27 @@ def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, 
 def memory_finding(name: str, model: ModelSize, settings: Pretrain, cluster: Cluster, gpu_gib: float | None) -> Finding:
     """How much GPU memory a training worker will need: an estimate by arithmetic, not a measurement.
 
-    bf16 with ZeRO 1: per parameter 4 bytes of weight and gradient, and 12 of master weight and moments shared out among the
-    workers. A block keeps about 34 bytes per frame and width (Korthikanti et al. 2022, without attention weights, which flash
-    attention never stores), 2 where it is recomputed. The conv stack keeps three tensors of each layer, the first 64 times as
-    long as the frames.
+    Per parameter, bf16: 4 bytes of weight and gradient and 12 of master weight and moments; fp32: 8 and 8; the latter are shared
+    out among workers from ZeRO 1 on. A block keeps about 34 bytes per frame and width in bf16 (Korthikanti et al. 2022, without
+    attention weights, which flash attention never stores), twice that in fp32; where blocks are recomputed, all keep their input
+    and one the rest. The conv stack keeps three tensors of each layer, the first 64 times as long as the frames.
     """
+    half = cluster.precision == "bf16"
     frames = frames_of(int(settings.micro_batch_seconds * SAMPLE_RATE))
-    state = encoder_parameters(model) * (4 + 12 / cluster.train_workers)
-    blocks = model.layers * frames * model.dim * (2 if cluster.recompute else 34)
-    conv = 3 * 2 * frames * model.conv_channels * (64 + 32 + 16 + 8 + 4 + 2 + 1)
+    kept, shared = (4, 12) if half else (8, 8)
+    state = encoder_parameters(model) * (kept + shared / (cluster.train_workers if cluster.zero_stage else 1))
+    block = frames * model.dim * (34 if half else 68)
+    blocks = (
+        model.layers * frames * model.dim * (2 if half else 4) + block if cluster.recompute else model.layers * block
+    )
+    conv = 3 * (2 if half else 4) * frames * model.conv_channels * (64 + 32 + 16 + 8 + 4 + 2 + 1)
     gib = (state + blocks + conv) / 2**30
     return Finding(
         f"{name}.gpu_memory",
         "warning" if gpu_gib is not None and gib > gpu_gib else "ok",
-        f"about {gib:.1f} GiB per training worker, for {settings.micro_batch_seconds:g} s of audio at a time"
+        f"about {gib:.1f} GiB per training worker in {cluster.precision}, {settings.micro_batch_seconds:g} s of audio at a time"
         + (f"; the smallest GPU has {gpu_gib:.0f} GiB" if gpu_gib else "; no GPU in sight"),
-        "running out of memory in the first step; lower pretrain.micro_batch_seconds or set --cluster recompute=true",
+        "running out of memory in the first step; lower pretrain.micro_batch_seconds, or --cluster recompute=true, precision=bf16",
     )
 
 

@@ -82,12 +82,12 @@ class SpeechModel:
         return greedy(log_probs_1TV[0].cpu())
 
     def pretraining_model(self) -> Hubert:
-        """The model with its prediction head, to look into its codewords or to train on."""
+        """A new model with the prediction head, to look into its codewords or to train on; what `save` writes stays as read."""
         if self.checkpoint.prediction is None:
             raise InputError("pretraining model: these weights came without a prediction head")
         with torch.device("meta"):
             model = Hubert(self.size, tuple(map(len, self.checkpoint.classes)))
-        model.encoder = self.encoder
+        _loaded(model.encoder, self.checkpoint.encoder)
         _loaded(model.head, self.checkpoint.prediction)
         return model.eval().to(self.device)
 

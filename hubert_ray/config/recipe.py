@@ -89,8 +89,9 @@ Teacher = Mfcc | Layer
 
 
 class Kmeans(Settings, frozen=True, kw_only=True):
-    """How the codebook is fitted: full-batch Lloyd passes, where fairseq's `examples/hubert/simple_kmeans/learn_kmeans.py`
-    runs scikit-learn's MiniBatchKMeans on mini-batches of 10,000 frames (HuBERT (Hsu et al. 2021) II-A, IV-B)."""
+    """How the codebook is fitted: Lloyd passes, over a share of the frames first and over all at the end. fairseq's
+    `examples/hubert/simple_kmeans/learn_kmeans.py` runs scikit-learn's MiniBatchKMeans on batches of 10,000 frames
+    (HuBERT (Hsu et al. 2021) II-A, IV-B)."""
 
     clusters: Clusters  # n_clusters: 100 for MFCC, 500 for transformer features
     # --percent: share of train utterances fitted on, drawn without replacement; fairseq: 0.1 for transformer features

@@ -19,6 +19,8 @@ from hubert_ray.errors import LabelError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 
+_LABELS_AT_ONCE = 2**22
+
 
 class LabelStore:
     """Labels of the utterances of `manifest`, by row.
@@ -83,7 +85,11 @@ class LabelStore:
         counts = np.zeros(2**16, dtype=np.int64)
         edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen_N, [False]]).astype(np.int8)))
         for first, beyond in edges.reshape(-1, 2):  # neighbouring rows lie together
-            counts += np.bincount(self._values[self._bounds[first] : self._bounds[beyond]], minlength=len(counts))
+            for start in range(
+                self._bounds[first], self._bounds[beyond], _LABELS_AT_ONCE
+            ):  # numpy widens each to 8 bytes
+                stop = min(start + _LABELS_AT_ONCE, self._bounds[beyond])
+                counts += np.bincount(self._values[start:stop], minlength=len(counts))
         return counts[: max(clusters, int(counts.nonzero()[0].max(initial=-1)) + 1)]
 
     def window(self, row: int, window: slice) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -135,6 +136,11 @@ class Manifest:
 
     def transcribed(self) -> Manifest:
         return self.where(pc.is_valid(self.table["text"]))
+
+    def sample(self, share: float, seed: int, shard: str) -> np.ndarray:
+        """Rows of a share of a shard's utterances, rounded up, drawn without replacement; ascending."""
+        rng = np.random.default_rng([seed, zlib.crc32(shard.encode())])
+        return np.sort(rng.choice(len(self), size=int(np.ceil(share * len(self))), replace=False))
 
     def numbers(self, column: str) -> np.ndarray:
         return self.table[column].to_numpy()

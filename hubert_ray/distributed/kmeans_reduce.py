@@ -1,8 +1,8 @@
 """Where do centroids meet across workers? Feature blocks live in actors; their partial sums are added in a fixed order.
 
 A *block* is the sampled frames of one shard. Ray Data workers extract a block and hand it to the actor (`BlockHolder`) that
-owns it; it stays there for the whole fit, and no feature is written anywhere. A shard belongs to *lane* (position of the
-shard) mod LANES, which no worker count changes. Within a lane blocks are added in order of position; lanes are the leaves of
+owns it; it stays there for the whole fit, and no feature is written anywhere. A shard belongs to *lane* position x LANES /
+shards, which no worker count changes. Within a lane blocks are added in order of position; lanes are the leaves of
 one binary tree, in which neighbours are added. Floating-point sums therefore always nest the same way: centroids are bit-equal
 for any number of holders. A holder has neighbouring lanes, and sends the sums of the largest subtrees that it has whole: one
 table of K x D numbers for a power of two of holders, a few otherwise.
@@ -46,7 +46,8 @@ class BlockSource(Protocol):
 class BlockHolder:
     """Keeps feature blocks in memory and reduces them."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: int) -> None:
+        self._shards = shards
         self._blocks: dict[int, np.ndarray] = {}
 
     def put(self, position: int, block_ND: np.ndarray) -> int:
@@ -67,9 +68,14 @@ class BlockHolder:
         for position in sorted(self._blocks):
             block_ND = self._blocks[position]
             parts = [kmeans.partial(block_ND[::stride], centroids_KD) for centroids_KD, stride in passes]
-            leaf = (position % LANES, 1)
+            leaf = (lane_of(position, self._shards), 1)
             leaves[leaf] = _added(leaves.get(leaf), parts)
         return {tree: tree_sum(tree, leaves) for tree in subtrees(lanes)}
+
+
+def lane_of(position: int, shards: int) -> int:
+    """The lane of a shard: shards spread evenly over the lanes, so that each holder gets its part of few shards too."""
+    return position * LANES // shards
 
 
 def subtrees(lanes: range) -> list[Subtree]:
@@ -97,8 +103,8 @@ def _added(left: list[Partial] | None, right: list[Partial]) -> list[Partial]:
     return right if left is None else [a + b for a, b in zip(left, right, strict=True)]
 
 
-def _new_holder(cluster: Cluster) -> Any:
-    return BlockHolder.options(num_cpus=cluster.kmeans_cpus).remote()  # type: ignore[attr-defined]  # mypy does not see what a class decorator returns
+def _new_holder(cluster: Cluster, shards: int) -> Any:
+    return BlockHolder.options(num_cpus=cluster.kmeans_cpus).remote(shards)  # type: ignore[attr-defined]  # mypy does not see what a class decorator returns
 
 
 class _Extract:
@@ -125,7 +131,9 @@ class FeatureSample:
         self._shards = list(shards)
         self._cluster = cluster
         self._failures = 0
-        self._holders = [_new_holder(self._cluster) for _ in range(min(cluster.kmeans_workers, len(shards), LANES))]
+        self._holders = [
+            _new_holder(cluster, len(shards)) for _ in range(min(cluster.kmeans_workers, len(shards), LANES))
+        ]
         self._frames: dict[int, int] = {}
 
     def __enter__(self) -> FeatureSample:
@@ -145,7 +153,8 @@ class FeatureSample:
         return range(holder * LANES // len(self._holders), (holder + 1) * LANES // len(self._holders))
 
     def _holder_of(self, position: int) -> int:
-        return next(holder for holder in range(len(self._holders)) if position % LANES in self._lanes(holder))
+        lane = lane_of(position, len(self._shards))
+        return next(holder for holder in range(len(self._holders)) if lane in self._lanes(holder))
 
     def _fill(self, positions: Iterable[int]) -> None:
         owner = {self._shards[p]: (p, self._holders[self._holder_of(p)]) for p in positions}
@@ -180,7 +189,7 @@ class FeatureSample:
         self._failures += 1
         logger.warning("k-means: %d feature holder(s) lost; extracting their blocks again", len(lost))
         for index in lost:
-            self._holders[index] = _new_holder(self._cluster)
+            self._holders[index] = _new_holder(self._cluster, len(self._shards))
         self._fill([p for p in range(len(self._shards)) if self._holder_of(p) in lost])
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -82,7 +82,8 @@ def _read(
     )
     expected = _conv_layers(size.conv_channels)
     refuse_unless(path, convs is None or "".join(convs.split()) in expected, "conv_feature_layers", convs, expected[0])
-    labels = [str(label) for label in task.get("labels") or ()]
+    labels = task.get("labels") or ()  # a list in HuBERT's tasks, one word in those of wav2vec 2.0
+    labels = [labels] if isinstance(labels, str) else [str(label) for label in labels]
     prefix = names.body_prefix(state, "fairseq")
     if prefix:
         if f"{prefix.split('.')[0]}.proj.weight" not in state:

@@ -61,10 +61,11 @@ def read(folder: Path, config: dict[str, Any], state: State) -> Checkpoint:
     vocabulary: dict[str, int] = {}
     for name in ("vocab.json", "added_tokens.json"):
         vocabulary |= read_json(folder / name) if (folder / name).exists() else {}
-    symbols = sorted(vocabulary, key=vocabulary.__getitem__)
+    by_row = {row: symbol for symbol, row in vocabulary.items()}
     head = {"weight": state["lm_head.weight"], "bias": state["lm_head.bias"]}
     # The blank is the padding's row, whatever that is called: "<pad>" in published models, often "[PAD]" in others.
-    blank = {row: symbol for symbol, row in vocabulary.items()}.get(config.get("pad_token_id", 0), _BLANK)
+    blank = by_row.get(config.get("pad_token_id", 0), _BLANK)
+    symbols = [by_row.get(row, f"<row {row}>") for row in range(len(head["weight"]))]
     return Checkpoint(size, encoder, letters=head, alphabet=alphabet_of(symbols, blank, head, folder))
 
 

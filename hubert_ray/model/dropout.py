@@ -20,7 +20,7 @@ def dropout(value: Tensor, probability: float, training: bool) -> Tensor:
     """`value` with numbers set to 0 with this probability and the rest scaled up; itself where there is nothing to do."""
     if probability == 0 or not training:
         return value
-    if value.device.type != "cpu":
+    if value.device.type != "cpu" or probability == 1:
         return F.dropout(value, probability)
     return _Dropout.apply(value, probability)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from hubert_ray.config.recipe import Kmeans, Teacher
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.kmeans_reduce import FeatureSample
-from hubert_ray.errors import RecipeError
+from hubert_ray.errors import RecipeError, TrainingError
 from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
@@ -40,9 +39,7 @@ class _SampledFrames:
 
     def __call__(self, shard: str) -> np.ndarray:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard).split("train")
-        rng = np.random.default_rng([self._settings.seed, zlib.crc32(shard.encode())])
-        count = int(np.ceil(self._settings.sample_share * len(manifest)))
-        rows = np.sort(rng.choice(len(manifest), size=count, replace=False))
+        rows = manifest.sample(self._settings.sample_share, self._settings.seed, shard)
         sampled = UtteranceReader(self._reader, Manifest(manifest.table.take(rows)), normalize=False)
         frames = [
             frames_FD
@@ -50,7 +47,16 @@ class _SampledFrames:
             for frames_FD in self._extractor([sampled.wave(row) for row in group])
         ]
         dtype = np.float16 if self._settings.half_precision else np.float32
-        return np.concatenate(frames).astype(dtype, copy=False) if frames else np.empty((0, self._extractor.dim), dtype)
+        if not frames:
+            return np.empty((0, self._extractor.dim), dtype)
+        with np.errstate(over="ignore"):  # told below
+            block_FD = np.concatenate(frames).astype(dtype, copy=False)
+        if not np.isfinite(block_FD).all():
+            raise TrainingError(
+                f"shard {shard}: features beyond what {np.dtype(dtype)} holds, or not a number; "
+                + ("set kmeans.half_precision=false" if dtype == np.float16 else "has the teacher's training diverged?")
+            )
+        return block_FD
 
 
 def learn_kmeans(work: Work, teacher: Teacher, kmeans: Kmeans) -> dict[str, Any]:
@@ -87,7 +93,11 @@ def first_fits(sample: FeatureSample, settings: Kmeans) -> list[Fit]:
     """The restarts before their first pass: seeded from one subsample, each by draws of its own."""
     rng = np.random.default_rng(settings.seed)
     subsample_ND = sample.draw(SEEDING_FRAMES * settings.clusters, rng)
-    return [Fit(lloyd.seed(subsample_ND, settings.clusters, settings.seedings, rng)) for _ in range(settings.restarts)]
+    stride = lloyd.first_stride(sample.frames, settings.clusters)
+    return [
+        Fit(lloyd.seed(subsample_ND, settings.clusters, settings.seedings, rng), stride)
+        for _ in range(settings.restarts)
+    ]
 
 
 def _show(work: Work, fits: list[Fit]) -> None:

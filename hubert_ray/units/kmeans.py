@@ -79,13 +79,13 @@ def update(total: Partial, centroids_KD: np.ndarray) -> np.ndarray:
 class Fit:
     """A codebook on its way through Lloyd's algorithm: what the next pass starts from, and what the passes so far found.
 
-    The first passes go over every 16th frame, the next ones over every 4th, the last ones over all: an early pass need not be
-    exact to be of use, and costs a fraction. Each phase ends when its inertia settles. Once the fit is done, `centroids_KD` are
-    those that the last entry of the history belongs to.
+    Where there are enough frames (`first_stride`), the first passes go over every 16th, the next ones over every 4th, the last
+    ones over all: an early pass need not be exact to be of use, and costs a fraction. Each phase ends when its inertia settles.
+    Once the fit is done, `centroids_KD` are those that the last entry of the history belongs to.
     """
 
     centroids_KD: np.ndarray
-    stride: int = 16  # of the frames that the next pass goes over
+    stride: int = 1  # of the frames that the next pass goes over
     inertia_history: tuple[float, ...] = ()  # mean squared distance, per pass of this stride
     empty: int = 0  # clusters without a frame in the last pass
     done: bool = False
@@ -100,6 +100,11 @@ class Fit:
             return Fit(self.centroids_KD, 1, history, empty, done=True)
         stride, history = (self.stride // 4, ()) if ends else (self.stride, history)
         return Fit(update(total, self.centroids_KD), stride, history, empty)
+
+
+def first_stride(frames: int, clusters: int) -> int:
+    """The largest stride that leaves each cluster frames enough to stand for all of them; faiss's own bound for samples."""
+    return next((stride for stride in (16, 4) if frames >= stride * 256 * clusters), 1)
 
 
 def seed(frames_ND: np.ndarray, clusters: int, draws: int, rng: np.random.Generator) -> np.ndarray:

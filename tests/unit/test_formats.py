@@ -144,6 +144,43 @@ def test_the_blank_of_a_hugging_face_folder_is_its_padding(tmp_path):
         hubert_ray.load(tmp_path)
 
 
+def test_a_gap_in_a_hugging_face_vocabulary_shifts_no_letter(tmp_path):
+    """One row without a name, and a token beyond the head, as `added_tokens.json` may hold."""
+    model = with_letters(FACEBOOK)
+    model.save("hugging_face", tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    gone = next(symbol for symbol, row in vocabulary.items() if row == 3)
+    del vocabulary[gone]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": len(FACEBOOK)}))
+    back = hubert_ray.load(tmp_path)
+    assert back.checkpoint.alphabet[4:] == model.checkpoint.alphabet[4:]
+    wave_S = 0.1 * torch.randn(16_000)
+    assert back.transcribe(wave_S) == model.transcribe(wave_S) != ""
+
+
+def test_fairseqs_label_may_be_one_word(tmp_path):
+    """In the tasks of wav2vec 2.0 `labels` is "ltr" and not a list."""
+    model = with_letters(FAIRSEQ)
+    model.save("fairseq", tmp_path)
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    content["cfg"]["task"]["labels"] = "ltr"
+    torch.save(content, tmp_path / "model.pt")
+    assert hubert_ray.load(tmp_path / "model.pt").checkpoint.alphabet == model.checkpoint.alphabet
+
+
+def test_training_the_pretraining_model_leaves_what_was_read(tmp_path, pretrained):
+    model = SpeechModel(pretrained)
+    trained = model.pretraining_model().train()
+    with torch.no_grad():
+        trained.encoder.norm.bias.add_(1.0)
+    model.extract(0.1 * torch.randn(16_000))  # not in train mode
+    model.save("hubert_ray", tmp_path / "out")
+    saved = hubert_ray.load(tmp_path / "out")
+    assert torch.equal(saved.encoder.norm.bias, model.encoder.norm.bias)
+    assert not torch.equal(saved.encoder.norm.bias, trained.encoder.norm.bias)
+
+
 def test_a_hyphen_is_not_torchaudios_blank(tmp_path):
     alphabet = ("-", *ALPHABET[1:], BLANK)
     with_letters(alphabet).save("torchaudio", tmp_path)

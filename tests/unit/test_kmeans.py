@@ -107,7 +107,7 @@ def test_short_and_long_blocks_are_assigned_alike():
 
 def fitted(frames, start, **settings):
     """Passes as the distributed fit makes them, and the stride of each."""
-    fit, strides = kmeans.Fit(start), []
+    fit, strides = kmeans.Fit(start, kmeans.first_stride(len(frames), len(start))), []
     while not fit.done:
         strides.append(fit.stride)
         fit = fit.advance(
@@ -117,8 +117,8 @@ def fitted(frames, start, **settings):
 
 
 def test_a_fit_grows_to_all_frames_and_ends_settled():
-    frames = blobs(count=20_000, clusters=30)
-    start = kmeans.seed(frames[::40], 20, 1, np.random.default_rng(0))
+    frames = blobs(count=90_000, clusters=30)
+    start = kmeans.seed(frames[::90], 20, 1, np.random.default_rng(0))
     fit, strides = fitted(frames, start)
     assert sorted(set(strides)) == [1, 4, 16]
     assert strides == sorted(strides, reverse=True)
@@ -138,9 +138,10 @@ def test_a_fit_ends_when_its_passes_are_used_up():
     assert len(fit.inertia_history) <= 4
 
 
-def test_growing_costs_no_quality():
-    frames = blobs(count=30_000, clusters=60)
-    start = kmeans.seed(frames[::40], 40, 1, np.random.default_rng(0))
+@pytest.mark.parametrize("frames_a_cluster", [4, 30, 300, 1500])
+def test_growing_costs_no_quality(frames_a_cluster):
+    frames = blobs(count=40 * frames_a_cluster, clusters=60)
+    start = kmeans.seed(frames[: max(60, len(frames) // 40)], 40, 1, np.random.default_rng(0))
     grown = fitted(frames, start)[0].inertia_history[-1]
     direct = kmeans.partial(frames, lloyd(frames, start, 60)).inertia / len(frames)
     assert grown < 1.02 * direct

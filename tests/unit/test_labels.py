@@ -235,3 +235,15 @@ def test_padded_keeps_whole_utterances_and_their_lengths(storage):
         assert np.array_equal(padded.wave_BS[k, :samples].numpy(), reader.wave(row))
         assert not padded.wave_BS[k, samples:].any()
     assert pad([np.ones(3, dtype=np.float32)]).wave_BS.tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("at_once", [7, 1000, 2**22])
+def test_a_histogram_counts_the_chosen_utterances(storage, monkeypatch, at_once):
+    monkeypatch.setattr(labels_module, "_LABELS_AT_ONCE", at_once)
+    write(storage, 50, parts_of("abcde", 50))
+    store = LabelStore(storage, "labels", manifest_of("abcde"), 50)
+    chosen = np.array([True, True, False, False, True])
+    expected = np.bincount(np.concatenate([labels_of(name, 50) for name in "abe"]), minlength=9000)
+    assert store.histogram(chosen, 9000).tolist() == expected.tolist()
+    assert len(store.histogram(chosen, 10)) == expected.nonzero()[0].max() + 1  # labels beyond the clusters show
+    assert store.histogram(np.zeros(5, dtype=bool), 10).tolist() == [0] * 10
