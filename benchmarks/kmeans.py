@@ -191,7 +191,12 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2", help="numbers of holders, each measured on its own")
     parser.add_argument("--repeats", type=int, default=3, help="fits of everyone, of which the median counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    result = measure(options := parser.parse_args())
+    options = parser.parse_args()
+    if min(options.clusters - 1, options.repeats, options.dim, *map(int, options.workers.split(","))) < 1:
+        parser.error("expected --clusters from 2, --repeats, --dim and --workers from 1")
+    if not options.audio and options.frames < 100 * options.clusters:
+        parser.error(f"expected --frames from {100 * options.clusters} for {options.clusters} clusters")
+    result = measure(options)
     if options.json:
         print(json.dumps(result))
         return

@@ -251,6 +251,8 @@ def measure(options: argparse.Namespace) -> dict:
     size = SIZES[options.size]
     batch = Batch(options.batch, options.seconds, options.classes, torch.device("cpu"))
     asked = PEERS if options.peers == "all" else [peer for peer in options.peers.split(",") if peer not in ("", "none")]
+    if unknown := set(asked) - set(PEERS):
+        raise SystemExit(f"--peers: found {', '.join(sorted(unknown))}, expected some of {', '.join(PEERS)}")
     peers = [peer for peer in asked if size.conv_channels == 512 and importlib.util.find_spec(PEERS[peer][0])]
     turns = [Turn(name, options) for name in ("ours", *peers)]
     seconds: dict[str, list[float]] = {turn.name: [] for turn in turns}
@@ -315,7 +317,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    result = measure(options := parser.parse_args())
+    options = parser.parse_args()
+    if min(options.batch, options.classes - 1, options.repeats, options.warmup + 1) < 1 or options.seconds < 0.5:
+        parser.error("expected --batch, --repeats from 1, --classes from 2, --warmup from 0, --seconds from 0.5")
+    result = measure(options)
     if options.json:
         print(json.dumps(result))
         return

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -53,7 +54,7 @@ def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
     columns = ["utterance_id", "speaker", "split", "shard", "offset", "size", "samples", "sample_rate_hz"]
     manifest = Manifest.read(artifact.storage, artifact.path, columns)
     facts = artifact.require().facts
-    yield _shards(artifact.storage, artifact.path, manifest)
+    yield _shards(artifact.storage, artifact.path, manifest, f"; make it again after {artifact.remove_command()}")
     yield _speakers(manifest)
     if read_audio:
         yield _duplicates(artifact.storage, artifact.path, manifest)
@@ -73,7 +74,7 @@ def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
     )
 
 
-def _shards(storage: Storage, path: str, manifest: Manifest) -> Finding:
+def _shards(storage: Storage, path: str, manifest: Manifest, again: str) -> Finding:
     ends = pa.table({"shard": manifest.table["shard"], "end": pc.add(manifest.table["offset"], manifest.table["size"])})
     longest = ends.group_by("shard").aggregate([("end", "max")])
     broken = []
@@ -85,7 +86,7 @@ def _shards(storage: Storage, path: str, manifest: Manifest) -> Finding:
     return Finding(
         "corpus.shards",
         "failed" if broken else "ok",
-        f"{len(broken)} of {len(longest)} shards are missing or cut short{_such_as(broken)}",
+        f"{len(broken)} of {len(longest)} shards are missing or cut short{_such_as(broken)}{again if broken else ''}",
         "a run that stops in the middle of an epoch",
     )
 
@@ -138,7 +139,7 @@ def label_findings(corpus: Artifact, labels: Artifact, frame_rate_hz: int, clust
     try:
         store = LabelStore(corpus.storage, labels.path, manifest, frame_rate_hz)
     except HubertRayError as error:
-        store, said = None, str(error)
+        store, said = None, f"{error} First: {labels.remove_command()}"
     yield Finding(
         f"{name}.labels.lengths",
         "ok" if store else "failed",
@@ -194,6 +195,45 @@ def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, 
         "ok" if fitted == expected else "failed",
         f"fitted on {fitted} frames; the sample of the train split has {expected}",
         "clusters that have seen the dev and test speech which they are measured on",
+    )
+
+
+def weights_finding(name: str, model: Artifact) -> Finding:
+    """Of a sealed model: whether its settings can be read, and its file of weights is as long as its header says."""
+    said = "the weights are all there"
+    try:
+        model.read_json(layout.MODEL_CONFIG)
+        with model.storage.open(model.file(layout.MODEL)) as file:
+            header_bytes = int.from_bytes(file.read_at(8, 0), "little")
+            header = msgspec.json.decode(file.read_at(header_bytes, 8))
+            ends = [tensor["data_offsets"][1] for tensor in header.values() if "data_offsets" in tensor]
+            whole = 8 + header_bytes + max(ends)
+            if file.size() != whole:
+                said = f"{layout.MODEL} has {file.size()} bytes, its header tells of {whole}"
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        said = f"cannot be read ({error})"
+    fine = said == "the weights are all there"
+    said += "" if fine else f"; make it again after {model.remove_command()}"
+    return Finding(
+        f"{name}.weights", "ok" if fine else "failed", said, "the next iteration that dies when it opens its teacher"
+    )
+
+
+def chain_finding(inputs: dict[str, dict[str, Artifact]]) -> Finding:
+    """Whether what finished artifacts (path -> inputs) were made from is still there."""
+    gone = [
+        f"{path} was made from {artifact.path}"
+        for path, artifacts in inputs.items()
+        for artifact in artifacts.values()
+        if not artifact.storage.exists(artifact.file(layout.SEAL))
+    ]
+    return Finding(
+        "run.artifacts",
+        "warning" if gone else "ok",
+        f"{len(gone)} finished artifacts were made from others that are gone{_such_as(gone)}; remove them too"
+        if gone
+        else "every artifact belongs to this recipe and to its inputs",
+        "results of one recipe under the name of another",
     )
 
 

@@ -251,26 +251,47 @@ def findings_of(step: Planned, read_audio: bool = False) -> Iterator[Finding]:
             yield from health.label_findings(
                 step.inputs["corpus"], step.artifact, _frame_rate_hz(settings["teacher"]), settings["clusters"]
             )
+        case "pretrain" | "finetune":
+            yield health.weights_finding(step.stage.name, step.artifact)
 
 
 def examine(recipe: Recipe, storage: Storage, cluster: Cluster, nodes: list[NodeReport]) -> Iterator[Finding]:
     """Every check of a run: of what is finished, of the nodes (none: not asked), and of GPU memory for what is to come."""
     from hubert_ray import health
 
-    steps, said = [], "every artifact belongs to this recipe and to its inputs"
     try:
         steps = plan(recipe, storage)
     except HubertRayError as error:
-        said = str(error)
-    prevents = "results of one recipe under the name of another"
-    yield health.Finding("run.artifacts", "ok" if steps else "failed", said, prevents)
+        yield health.Finding("run.artifacts", "failed", str(error), "results of one recipe under the name of another")
+        steps = []
+    else:
+        yield health.chain_finding({step.artifact.path: step.inputs for step in steps if step.seal})
+        done = sum(step.seal is not None for step in steps)
+        said = f"{done} of {len(steps)} stages of {recipe.name} are finished in {storage.url}"
+        yield health.Finding("run.finished", "ok" if done else "warning", said, "looking at the wrong storage or run")
     for step in steps:
-        yield from findings_of(step, read_audio=True)
+        try:
+            yield from findings_of(step, read_audio=True)
+        except Exception as error:  # whatever a damaged file makes a library raise
+            said = f"cannot be read ({type(error).__name__}: {error}); make it again after {step.artifact.remove_command()}"
+            yield health.Finding(f"{step.stage.name}.files", "failed", said, "a later stage that dies of it")
+    if steps and not steps[0].seal:
+        yield _source_finding(recipe)
     if nodes:
         yield from health.node_findings(nodes)
     gpu_gib = min((node.gpu_gib for node in nodes if node.gpu_gib), default=None)
     for iteration in recipe.iterations if cluster.train_gpus else ():
         yield health.memory_finding(iteration.name, iteration.model, iteration.pretrain, cluster, gpu_gib)
+
+
+def _source_finding(recipe: Recipe) -> Finding:
+    from hubert_ray.health import Finding
+
+    try:
+        _check_source(recipe)
+    except CorpusError as error:
+        return Finding("corpus.source", "failed", str(error), "a run that ends before it began")
+    return Finding("corpus.source", "ok", "the recordings' folders are there", "a run that ends before it began")
 
 
 def _check_source(recipe: Recipe) -> None:

@@ -229,8 +229,9 @@ def _copied(storage: Storage, name: str, folder: Path) -> bool:
 def _at_16_khz(wave_S: np.ndarray, sample_rate: int) -> np.ndarray:
     if sample_rate == SAMPLE_RATE:
         return wave_S
-    if not isinstance(sample_rate, int) or sample_rate < 1:
+    if sample_rate != int(sample_rate) or sample_rate < 1:
         raise InputError(f"sample_rate: found {sample_rate!r}, expected whole Hz, such as 44100")
+    sample_rate = int(sample_rate)
     common = math.gcd(sample_rate, SAMPLE_RATE)
     if (sample_rate // common) * (SAMPLE_RATE // common) > MAX_FILTER_TAPS:
         raise InputError(f"sample_rate: found {sample_rate} Hz, too odd to resample to 16 kHz; give a usual rate")

@@ -83,7 +83,7 @@ def ask_nodes(storage: Storage) -> list[NodeReport]:
 def _report(storage: Storage, node: str) -> NodeReport:
     import torch
 
-    probe, error = f"probes/{uuid.uuid4().hex}", None
+    probe, error = f"probe-{uuid.uuid4().hex}", None
     try:
         storage.write(probe, node.encode())
         if storage.read(probe) != node.encode():

@@ -109,6 +109,8 @@ def _read_folder(folder: Path, content: dict[str, Any] | None = None) -> Checkpo
         "this training run is not finished; run its command again" if unfinished else "name another folder, or a file"
     )
     if not any((folder / name).exists() for name in _SETTINGS):
+        if (folder / "model.pt").exists():
+            return _read(folder / "model.pt")  # fairseq's and s3prl's files hold their settings
         raise InteropError(
             f"{folder}: found neither {' nor '.join(_SETTINGS)}, expected a folder of ours, of Hugging Face or of torchaudio; "
             + way_out

@@ -76,7 +76,8 @@ class Artifact:
                 identity = found.identity if found else msgspec.json.decode(data, type=Identity)
             except msgspec.DecodeError as error:
                 raise StorageError(
-                    f"{self.storage.full(self.file(name))} cannot be read ({error}); make the artifact again after {self._remove()}"
+                    f"{self.storage.full(self.file(name))} cannot be read ({error}); "
+                    f"make the artifact again after {self.remove_command()}"
                 ) from error
             if identity != self.identity:
                 raise StaleArtifactError(self._difference(identity, sealed=found is not None))
@@ -121,10 +122,12 @@ class Artifact:
         return (
             f"'{self.path}' was {'made' if sealed else 'begun'} from other settings than this recipe's:\n"
             + "\n".join(rows)
-            + f"\nWays out: give {name}, go back to the old settings, or remove it and then what was made from it: {self._remove()}"
+            + f"\nWays out: give {name}, go back to the old settings, "
+            + f"or remove it and then what was made from it: {self.remove_command()}"
         )
 
-    def _remove(self) -> str:
+    def remove_command(self) -> str:
+        """What a user types to make it again from nothing."""
         return f"hubert-ray remove {self.path} --storage '{self.storage.url}'"
 
 

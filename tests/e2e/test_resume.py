@@ -180,6 +180,15 @@ def test_the_doctor_tells_a_healthy_run_from_a_broken_one(storages):
         "corpus.shards",
         "iter1.labels.lengths",
     }
+    (broken / "runs/smoke/iter1/learn_kmeans/centroids.npy").write_bytes(b"")
+    os.truncate(broken / "runs/smoke/iter1/pretrain/model.safetensors", 1000)
+    code, findings = doctor(broken, "--no-nodes")
+    assert code == 1
+    assert {"iter1/learn_kmeans.files", "iter1/pretrain.weights", "corpus.shards"} <= {
+        name for name, finding in findings.items() if finding["status"] == "failed"
+    }
+    code, findings = doctor(broken.parent / "nowhere", "--no-nodes")
+    assert (code, findings["run.finished"]["status"]) == (0, "warning")
     code, findings = doctor(healthy, "--no-nodes", "--set", "iterations.iter1.kmeans.seed=5")
     assert code == 1
     assert "kmeans.seed: 0 on storage, 5 in the recipe" in findings["run.artifacts"]["found"]

@@ -169,6 +169,12 @@ def test_fairseqs_label_may_be_one_word(tmp_path):
     assert hubert_ray.load(tmp_path / "model.pt").checkpoint.alphabet == model.checkpoint.alphabet
 
 
+@pytest.mark.parametrize("kind", ["fairseq", "s3prl"])
+def test_a_folder_that_holds_a_fairseq_file_is_opened(kind, tmp_path, pretrained):
+    SpeechModel(pretrained).save(kind, tmp_path)
+    assert_equal(hubert_ray.load(tmp_path).checkpoint.encoder, pretrained.encoder)
+
+
 def test_training_the_pretraining_model_leaves_what_was_read(tmp_path, pretrained):
     model = SpeechModel(pretrained)
     trained = model.pretraining_model().train()

@@ -8,7 +8,9 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.torch
 import soundfile
+import torch
 
 from hubert_ray import health
 from hubert_ray.config.cluster import Cluster
@@ -228,6 +230,33 @@ def test_broken_centroids(run, spoil):
     run.centroids = spoil(run.centroids)
     run.seal_codebook()
     assert not_ok(run.findings()) == {"iter1.codebook.centroids": "failed"}
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"text", lambda data: None]
+)
+def test_weights_that_are_not_whole(run, spoil):
+    model = Artifact(run.storage, "runs/r/iter1/pretrain", identity_of("pretrain", {}, {}))
+    model.write_json(layout.MODEL_CONFIG, {})
+    data = safetensors.torch.save({"a": torch.zeros(3, 4), "b": torch.ones(5)})
+    run.storage.write(model.file(layout.MODEL), data)
+    assert health.weights_finding("iter1/pretrain", model).status == "ok"
+    spoilt = spoil(data)
+    run.storage.delete(model.file(layout.MODEL)) if spoilt is None else run.storage.write(
+        model.file(layout.MODEL), spoilt
+    )
+    finding = health.weights_finding("iter1/pretrain", model)
+    assert finding.status == "failed"
+    assert "hubert-ray remove runs/r/iter1/pretrain" in finding.found
+
+
+def test_what_an_artifact_was_made_from_is_missed(run):
+    made = {run.labels.path: {"corpus": run.corpus, "codebook": run.codebook}}
+    assert health.chain_finding(made).status == "ok"
+    run.storage.delete(run.codebook.file(layout.SEAL))
+    finding = health.chain_finding(made)
+    assert finding.status == "warning"
+    assert "runs/r/iter1/assign_labels was made from runs/r/iter1/learn_kmeans" in finding.found
 
 
 def test_nodes_that_differ_or_do_not_reach_the_storage():
