@@ -96,13 +96,13 @@ def ours(path: Path, settings: Kmeans, workers: int, repeats: int) -> OurFit:
     with FeatureSample(partial(_Block, path), [str(block) for block in range(BLOCKS)], cluster) as sample:
         for _ in range(5):  # the first has the workers' imports
             begun = time.perf_counter()
-            sample.reduce([(sample.draw(settings.clusters, np.random.default_rng(0)), 1)])
+            sample.reduce([kmeans.Fit(sample.draw(settings.classes[0], np.random.default_rng(0)))])
             pass_seconds.append(time.perf_counter() - begun)
         for _ in range(repeats):
             begun = time.perf_counter()
             fits = first_fits(sample, settings)
             while not all(fit.done for fit in fits):
-                fits = sample.lloyd_pass(fits, settings)
+                fits = sample.one_pass(fits, settings)
             seconds.append(time.perf_counter() - begun)
     return OurFit(seconds, min(pass_seconds), min(fits, key=lambda fit: fit.inertia_history[-1]))
 
