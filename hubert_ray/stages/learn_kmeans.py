@@ -74,11 +74,7 @@ def learn_kmeans(work: Work, teacher: Teacher, kmeans: Kmeans) -> dict[str, Any]
         fits = _resume(work) or first_fits(sample, kmeans)
         while not all(fit.done for fit in fits):
             before, fits = fits, sample.one_pass(fits, kmeans)
-            _show(
-                work,
-                [fit for fit, old in zip(fits, before, strict=True) if fit.inertia_history != old.inertia_history],
-                kmeans,
-            )
+            _show(work, kmeans, before, fits)
             if not any(isinstance(fit, MiniBatchFit) for fit in fits):  # those are quick, and begin again
                 _save(work, fits)
         frames = sample.frames
@@ -124,11 +120,12 @@ def first_fits(sample: FeatureSample, settings: Kmeans) -> list[Fit]:
     return fits
 
 
-def _show(work: Work, fits: list[Fit], kmeans: Kmeans) -> None:
-    for fit in fits:
+def _show(work: Work, kmeans: Kmeans, before: list[Fit], fits: list[Fit]) -> None:
+    """Tells what is new since the pass before."""
+    for old, fit in zip(before, fits, strict=True):
         which = f"  stream {fit.stream + 1}" if len(kmeans.classes) > 1 else ""
         which += f"  restart {fit.restart + 1}" if kmeans.restarts > 1 else ""
-        if fit.inertia_history:
+        if fit.inertia_history and fit.inertia_history != old.inertia_history:
             print(
                 f"{work.name}{which}  {fit.progress()}  mean squared distance {fit.inertia_history[-1]:.4f}  "
                 f"empty {fit.empty}",
