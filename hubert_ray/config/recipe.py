@@ -84,7 +84,7 @@ class Mfcc(Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
 
     The paper's product k-means (HuBERT (Hsu et al. 2021) V-E, Table VI) splices frames, and gives each derivative order a codebook
     of its own: `splice = 3` with `kmeans.clusters = [100, 100, 100]` and `kmeans.product = true`. One of the three codebooks alone
-    is a plain one on `derivatives = [0]`, `[1]` or `[2]`.
+    is a plain one on `derivatives = [0]`, `[1]` or `[2]`. Spliced frames take `splice` times the memory while they are clustered.
     """
 
     splice: Count = 1  # neighbouring frames side by side, an odd number; at the edges the outermost frame is repeated

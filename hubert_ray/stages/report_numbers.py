@@ -28,7 +28,7 @@ def number(value: object, digits: int | None = None) -> str:
 
 def units(clusters: object) -> str:
     """The size of a codebook: 100, or 50 + 100 where it has several label streams."""
-    return " + ".join(map(number, clusters)) if isinstance(clusters, list) else number(clusters)
+    return " + ".join(map(number, clusters)) if isinstance(clusters, list | tuple) else number(clusters)
 
 
 def percent(value: object, digits: int = 1) -> str:
