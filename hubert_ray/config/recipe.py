@@ -88,8 +88,8 @@ class Mfcc(Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
     """
 
     splice: Count = 1  # neighbouring frames side by side, an odd number; at the edges the outermost frame is repeated
-    derivatives: Annotated[tuple[Literal[0, 1, 2], ...], Meta(min_length=1)] = (0, 1, 2)  # 13 cepstra each, of all the
-    # spliced frames, one order after the other: 0 = the cepstra themselves, 1 = first deltas, 2 = second deltas
+    # 13 numbers of each spliced frame for each, one order after the other: 0 = the cepstra themselves, 1 = first deltas, 2 = second
+    derivatives: Annotated[tuple[Literal[0, 1, 2], ...], Meta(min_length=1)] = (0, 1, 2)
 
     @property
     def dim(self) -> int:
