@@ -217,29 +217,29 @@ def test_a_label_beyond_the_codebook(run):
 
 
 def test_several_streams_are_checked_each(run):
-    """A second stream of 4 clusters beside the first, of which it takes the remainder; then two of its clusters die."""
+    """A second stream of 5 clusters beside the first, of which it takes the remainder; then three of its clusters die."""
 
     def findings() -> dict[str, health.Finding]:
         train = np.concatenate([row["labels"] for row in run.rows[:20]]).reshape(-1, 2)
-        sizes = zip(train.T, (CLUSTERS, 4), strict=True)
+        sizes = zip(train.T, (CLUSTERS, 5), strict=True)
         measured = [{"histogram": np.bincount(labels, minlength=size).tolist()} for labels, size in sizes]
         run.write_labels()
         run.labels.write_json(layout.QUALITY, {"streams": measured})
-        found = health.label_findings(run.corpus, run.labels, 100, (CLUSTERS, 4))
+        found = health.label_findings(run.corpus, run.labels, 100, (CLUSTERS, 5))
         return {finding.check: finding for finding in found}
 
     for row in run.rows:
-        row["labels"] = np.stack([row["labels"], row["labels"] % 4], axis=1).ravel()
+        row["labels"] = np.stack([row["labels"], row["labels"] % 5], axis=1).ravel()
     assert not_ok(findings()) == {}
     for row in run.rows:
         row["labels"] = np.where(np.arange(len(row["labels"])) % 2, row["labels"] % 2, row["labels"])
     told = findings()
     assert not_ok(told) == {"iter1.labels.clusters": "warning"}
     assert "stream 1: 0 of 10 clusters never" in told["iter1.labels.clusters"].found
-    assert "stream 2: 2 of 4 clusters never" in told["iter1.labels.clusters"].found
-    run.kmeans = Kmeans(clusters=(CLUSTERS, 4))
+    assert "stream 2: 3 of 5 clusters never" in told["iter1.labels.clusters"].found
+    run.kmeans = Kmeans(clusters=(CLUSTERS, 5))
     assert run.findings()["iter1.codebook.centroids"].status == "failed"
-    run.centroids = np.zeros((CLUSTERS + 4, 39), dtype=np.float32)
+    run.centroids = np.zeros((CLUSTERS + 5, 39), dtype=np.float32)
     run.seal_codebook()
     assert run.findings()["iter1.codebook.centroids"].status == "ok"
 
