@@ -82,12 +82,13 @@ def test_bits_survive_a_killed_holder(alone):
     assert inertia == alone[1]
 
 
+FEW_SHARDS = SHARDS[3::4]  # with the one that has an empty block
 SETTINGS = {
     "plain": Kmeans(clusters=12),
     "restarts": Kmeans(clusters=12, restarts=3),
     "ensemble": Kmeans(clusters=(5, 12)),
     "product": Kmeans(clusters=(5, 12), product=True),
-    "mini-batch": Kmeans(clusters=12, algorithm="mini_batch", tolerance=0.01),
+    "mini-batch": Kmeans(clusters=12, algorithm="mini_batch", tolerance=0.5),
     "parallel": Kmeans(clusters=(5, 12), seeding="parallel"),
 }
 
@@ -116,12 +117,12 @@ def bits(fits):
 
 @pytest.fixture(scope="module")
 def by_one_holder(ray_local):
-    with FeatureSample(Part, SHARDS, Cluster(kmeans_workers=1)) as sample:
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=1)) as sample:
         return {name: finish(sample, settings) for name, settings in SETTINGS.items()}
 
 
 def test_whole_fits_have_the_same_bits_for_more_holders(by_one_holder):
-    with FeatureSample(Part, SHARDS, Cluster(kmeans_workers=3)) as sample:
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=3)) as sample:
         for name, settings in SETTINGS.items():
             assert bits(finish(sample, settings)) == bits(by_one_holder[name]), name
 
@@ -129,7 +130,7 @@ def test_whole_fits_have_the_same_bits_for_more_holders(by_one_holder):
 def test_restarts_side_by_side_are_those_made_alone(by_one_holder):
     together = by_one_holder["restarts"]
     assert len({fit.inertia_history[-1] for fit in together}) > 1, "the starts must lead to different places"
-    with FeatureSample(Part, SHARDS, Cluster(kmeans_workers=2)) as sample:
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=2)) as sample:
         for start, one in zip(first_fits(sample, SETTINGS["restarts"]), together, strict=True):
             fits = [start]
             while not fits[0].done:
@@ -139,7 +140,7 @@ def test_restarts_side_by_side_are_those_made_alone(by_one_holder):
 
 @pytest.mark.parametrize("name", ["ensemble", "parallel"])
 def test_a_stream_of_an_ensemble_is_the_codebook_fitted_alone(by_one_holder, name):
-    with FeatureSample(Part, SHARDS, Cluster(kmeans_workers=2)) as sample:
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=2)) as sample:
         for fit, clusters in zip(by_one_holder[name], (5, 12), strict=True):
             (alone,) = finish(sample, msgspec.structs.replace(SETTINGS[name], clusters=clusters))
             assert fit.centroids_KD.shape == (clusters, 4)
@@ -148,7 +149,7 @@ def test_a_stream_of_an_ensemble_is_the_codebook_fitted_alone(by_one_holder, nam
 
 def test_a_stream_of_a_product_is_the_codebook_of_its_features_alone(by_one_holder):
     for fit, clusters in zip(by_one_holder["product"], (5, 12), strict=True):
-        with FeatureSample(bind(Part, *fit.dims), SHARDS, Cluster(kmeans_workers=2)) as sample:
+        with FeatureSample(bind(Part, *fit.dims), FEW_SHARDS, Cluster(kmeans_workers=2)) as sample:
             (alone,) = finish(sample, Kmeans(clusters=clusters))
         assert fit.centroids_KD.shape == (clusters, 2)
         assert bits([fit])[0][2:] == bits([alone])[0][2:]
