@@ -96,13 +96,13 @@ def ours(path: Path, settings: Kmeans, workers: int, repeats: int) -> OurFit:
     with FeatureSample(partial(_Block, path), [str(block) for block in range(BLOCKS)], cluster) as sample:
         for _ in range(5):  # the first has the workers' imports
             begun = time.perf_counter()
-            sample.reduce([(sample.draw(settings.clusters, np.random.default_rng(0)), 1)])
+            sample.reduce([kmeans.Fit(sample.draw(settings.classes[0], np.random.default_rng(0)))])
             pass_seconds.append(time.perf_counter() - begun)
         for _ in range(repeats):
             begun = time.perf_counter()
             fits = first_fits(sample, settings)
             while not all(fit.done for fit in fits):
-                fits = sample.lloyd_pass(fits, settings)
+                fits = sample.one_pass(fits, settings)
             seconds.append(time.perf_counter() - begun)
     return OurFit(seconds, min(pass_seconds), min(fits, key=lambda fit: fit.inertia_history[-1]))
 
@@ -148,9 +148,12 @@ def _bytes_a_pass(workers: int, clusters: int, dim: int) -> int:
 def measure(options: argparse.Namespace) -> dict:
     """Every figure of one run."""
     frames_ND = mfcc_frames(options.audio) if options.audio else made_up_frames(options.frames, options.dim)
-    settings = Kmeans(clusters=options.clusters, seed=options.seed)
+    settings = Kmeans(
+        clusters=options.clusters, seed=options.seed, algorithm=options.algorithm, seeding=options.seeding
+    )
     dim = frames_ND.shape[1]
     result: dict = {"frames": len(frames_ND), "dim": dim, "clusters": options.clusters, "seed": options.seed}
+    result |= {"algorithm": options.algorithm, "seeding": options.seeding}
     result["audio"] = "MFCC" if options.audio else "made up"
     peers = {}
     for name, (package, fit) in PEERS.items():
@@ -188,6 +191,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=39, help="of made-up frames")
     parser.add_argument("--clusters", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algorithm", choices=("lloyd", "mini_batch"), default="lloyd", help="of ours")
+    parser.add_argument("--seeding", choices=("plus_plus", "parallel"), default="plus_plus", help="of ours")
     parser.add_argument("--workers", default="1,2", help="numbers of holders, each measured on its own")
     parser.add_argument("--repeats", type=int, default=3, help="fits of everyone, of which the median counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

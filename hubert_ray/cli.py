@@ -200,7 +200,7 @@ def _nodes(storage: Storage, cluster: Cluster) -> list[NodeReport]:
 def _presets(_: argparse.Namespace) -> None:
     for name, recipe in PRESETS.items():
         teachers = " -> ".join(
-            f"{iteration.name} ({iteration.kmeans.clusters} clusters, {iteration.pretrain.steps} steps)"
+            f"{iteration.name} ({' + '.join(map(str, iteration.kmeans.classes))} clusters, {iteration.pretrain.steps} steps)"
             for iteration in recipe.iterations
         )
         print(f"{name:22} {recipe.corpus.name}: {teachers}")

@@ -132,24 +132,30 @@ def _unread(recordings: int) -> str:
     return f"; {recordings} more of equal size and length were not compared" if recordings > 0 else ""
 
 
-def label_findings(corpus: Artifact, labels: Artifact, frame_rate_hz: int, clusters: int) -> Iterator[Finding]:
-    """Of sealed labels: whether each utterance has those of its frames, and how they are spread over the clusters."""
+def label_findings(
+    corpus: Artifact, labels: Artifact, frame_rate_hz: int, classes: tuple[int, ...]
+) -> Iterator[Finding]:
+    """Of sealed labels: whether each utterance has those of its frames, and how they are spread over each stream's clusters."""
     name = labels.path.split("/")[-2]
     manifest = Manifest.read(corpus.storage, corpus.path, ["utterance_id", "shard", "samples", "split"])
     try:
-        store = LabelStore(corpus.storage, labels.path, manifest, frame_rate_hz)
+        store = LabelStore(corpus.storage, labels.path, manifest, frame_rate_hz, len(classes))
     except HubertRayError as error:
         store, said = None, f"{error} First: {labels.remove_command()}"
     yield Finding(
         f"{name}.labels.lengths",
         "ok" if store else "failed",
-        f"every utterance has one label per frame at {frame_rate_hz} Hz" if store else said,
+        f"every utterance has {len(classes) if len(classes) > 1 else 'one'} label{'s' if len(classes) > 1 else ''} per frame at "
+        f"{frame_rate_hz} Hz"
+        if store
+        else said,
         "labels that slide against the audio: a loss that stays at the unigram entropy",
     )
     if store:
-        counts_K = store.histogram(pc.equal(manifest.table["split"], "train").to_numpy(), clusters)
-        yield _spread(name, counts_K, clusters)
-        same = np.array_equal(counts_K, labels.read_json(layout.QUALITY)["histogram"])
+        histograms = store.histograms(pc.equal(manifest.table["split"], "train").to_numpy(), classes)
+        yield _spread(name, histograms, classes)
+        measured = [stream["histogram"] for stream in labels.read_json(layout.QUALITY)["streams"]]
+        same = [histogram_K.tolist() for histogram_K in histograms] == measured
         yield Finding(
             f"{name}.labels.unchanged",
             "ok" if same else "failed",
@@ -158,15 +164,25 @@ def label_findings(corpus: Artifact, labels: Artifact, frame_rate_hz: int, clust
         )
 
 
-def _spread(name: str, counts_K: np.ndarray, clusters: int) -> Finding:
-    total, beyond = max(1, int(counts_K.sum())), int(counts_K[clusters:].sum())
-    dead, share = int((counts_K[:clusters] == 0).sum()), float(counts_K.max() / total)
-    status: Status = "failed" if beyond else "warning" if dead > DEAD * clusters or share > DOMINANT else "ok"
+def _spread(name: str, histograms: list[np.ndarray], classes: tuple[int, ...]) -> Finding:
+    worst: Status = "ok"
+    told = []
+    for stream, (counts_K, clusters) in enumerate(zip(histograms, classes, strict=True), start=1):
+        total, beyond = max(1, int(counts_K.sum())), int(counts_K[clusters:].sum())
+        dead, share = int((counts_K[:clusters] == 0).sum()), float(counts_K.max() / total)
+        if beyond:
+            worst = "failed"
+        elif worst == "ok" and (dead > DEAD * clusters or share > DOMINANT):
+            worst = "warning"
+        told.append(
+            (f"stream {stream}: " if len(classes) > 1 else "")
+            + f"{dead} of {clusters} clusters never occur in train, the commonest has {100 * share:.1f} % of the frames"
+            + (f", {beyond} labels are no cluster of this codebook" if beyond else "")
+        )
     return Finding(
         f"{name}.labels.clusters",
-        status,
-        f"{dead} of {clusters} clusters never occur in train, the commonest has {100 * share:.1f} % of the frames"
-        + (f", {beyond} labels are no cluster of this codebook" if beyond else ""),
+        worst,
+        "; ".join(told),
         "a model that learns a constant; a head that is indexed out of its rows",
     )
 
@@ -175,12 +191,12 @@ def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, 
     """Of sealed centroids: their shape and values, and whether they were fitted on as many frames as the train sample has."""
     name = codebook.path.split("/")[-2]
     centroids_KD = np.load(pa.BufferReader(codebook.read(layout.CENTROIDS)), allow_pickle=False)
-    fine = len(centroids_KD) == kmeans.clusters and bool(np.isfinite(centroids_KD).all())
+    fine = len(centroids_KD) == sum(kmeans.classes) and bool(np.isfinite(centroids_KD).all())
     yield Finding(
         f"{name}.codebook.centroids",
         "ok" if fine else "failed",
         f"{centroids_KD.shape} {centroids_KD.dtype}, {np.isfinite(centroids_KD).mean():.0%} finite; the recipe has "
-        f"{kmeans.clusters} clusters",
+        f"{' + '.join(map(str, kmeans.classes))} clusters",
         "labels beyond the model's classes, or all of one class",
     )
     expected, stride = 0, SAMPLE_RATE // frame_rate_hz

@@ -70,12 +70,12 @@ def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> li
     learned: dict[str, str] = {"corpus": "prepare_data"}
     if isinstance(teacher, Layer):
         learned["teacher"] = _teacher_input(recipe, position, teacher)
-    clusters = iteration.kmeans.clusters
+    classes = iteration.kmeans.classes
     following = recipe.iterations[position + 1 :]
-    probe = following[0].kmeans.clusters if following else clusters
+    probe = max(following[0].kmeans.classes if following else classes)
     trained = {
         "model": iteration.model,
-        "classes": clusters,
+        "classes": classes,
         "frame_rate_hz": _frame_rate_hz(teacher),
         "settings": iteration.pretrain,
     }
@@ -83,7 +83,7 @@ def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> li
     codebook, labels, model = f"{name}/learn_kmeans", f"{name}/assign_labels", f"{name}/pretrain"
     return [
         Stage(codebook, "learn_kmeans", {"teacher": teacher, "kmeans": iteration.kmeans}, learned),
-        Stage(labels, "assign_labels", {"teacher": teacher, "clusters": clusters}, learned | {"codebook": codebook}),
+        Stage(labels, "assign_labels", {"teacher": teacher, "classes": classes}, learned | {"codebook": codebook}),
         Stage(model, "pretrain", trained, {"corpus": "prepare_data", "labels": labels}),
         Stage(f"{name}/measure_layers", "measure_layers", measured, {"corpus": "prepare_data", "model": model}),
     ]
@@ -249,7 +249,7 @@ def findings_of(step: Planned, read_audio: bool = False) -> Iterator[Finding]:
             yield from health.codebook_findings(step.inputs["corpus"], step.artifact, rate, kmeans)
         case "assign_labels":
             yield from health.label_findings(
-                step.inputs["corpus"], step.artifact, _frame_rate_hz(settings["teacher"]), settings["clusters"]
+                step.inputs["corpus"], step.artifact, _frame_rate_hz(settings["teacher"]), settings["classes"]
             )
         case "pretrain" | "finetune":
             yield health.weights_finding(step.stage.name, step.artifact)

@@ -26,6 +26,7 @@ class Cluster(Settings, frozen=True, kw_only=True):
     kmeans_cpus: NotNegative = (
         0.0  # per such actor; above 0 on a cluster, so that they land on worker nodes and not on the head
     )
+    kmeans_gpus: NotNegative = 0.0  # per such actor; above 0 it assigns frames to clusters on its GPU
     concurrent_trials: Count = 2  # fine-tuning trials side by side
     trial_workers: Count = 1  # training workers of each trial
     zero_stage: Literal[0, 1, 2] = 1  # DeepSpeed ZeRO; 964 M parameters need no stage 3

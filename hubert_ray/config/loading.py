@@ -25,7 +25,7 @@ import msgspec
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.presets import PRESETS
-from hubert_ray.config.recipe import EmbeddedCorpus, Finetune, Iteration, Recipe
+from hubert_ray.config.recipe import EmbeddedCorpus, Finetune, Iteration, Mfcc, Recipe
 from hubert_ray.config.sizes import SIZES
 from hubert_ray.errors import RecipeError
 
@@ -228,9 +228,32 @@ def _check(recipe: Recipe) -> Recipe:
 
 def _check_iteration(iteration: Iteration) -> None:
     pretrain, model, mask = iteration.pretrain, iteration.model, iteration.pretrain.mask
+    teacher, kmeans = iteration.teacher, iteration.kmeans
     shortest = int(pretrain.min_crop_seconds * 50) - 1  # frames
     spans = max(mask.min_spans, int(mask.prob * shortest / mask.length) + 1)
     rules = [
+        (
+            not isinstance(teacher, Mfcc) or teacher.splice % 2 == 1,
+            "teacher.splice: an odd number, as many frames before as after",
+        ),
+        (
+            not isinstance(teacher, Mfcc) or len(set(teacher.derivatives)) == len(teacher.derivatives),
+            "teacher.derivatives: each order once",
+        ),
+        (
+            kmeans.product or len(set(kmeans.classes)) == len(kmeans.classes),
+            f"kmeans.clusters = {list(kmeans.classes)}: streams of equal size on the same features are the same codebook twice; "
+            "give them different sizes, or kmeans.product = true, which gives each a part of the features",
+        ),
+        (
+            not kmeans.product or len(kmeans.classes) > 1,
+            f"kmeans.product with clusters = {kmeans.clusters}: give a number of clusters for each part of the features, such as "
+            "[100, 100, 100]",
+        ),
+        (
+            not kmeans.product or not isinstance(teacher, Mfcc) or teacher.dim % len(kmeans.classes) == 0,
+            f"kmeans.product: {len(kmeans.classes)} streams cannot share out the features of this teacher evenly",
+        ),
         (
             shortest > mask.length + spans,
             f"pretrain.min_crop_seconds = {pretrain.min_crop_seconds:g}: too short for {spans} spans of "

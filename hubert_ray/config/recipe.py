@@ -7,6 +7,10 @@ comment, and fairseq's name where it has one. Plain immutable structs: importing
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.config.values import (
     Clusters,
@@ -19,6 +23,7 @@ from hubert_ray.config.values import (
     Probability,
     Settings,
     Share,
+    Streams,
 )
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
@@ -75,7 +80,21 @@ Corpus = EmbeddedCorpus | LibriSpeech | AudioFolder
 
 
 class Mfcc(Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
-    """Teacher of the first iteration: 39-d MFCC with deltas at 100 Hz, exactly as fairseq computes them."""
+    """Teacher of the first iteration: 39-d MFCC with deltas at 100 Hz, exactly as fairseq computes them.
+
+    The paper's product k-means (HuBERT (Hsu et al. 2021) V-E, Table VI) splices frames, and gives each derivative order a codebook
+    of its own: `splice = 3` with `kmeans.clusters = [100, 100, 100]` and `kmeans.product = true`. One of the three codebooks alone
+    is a plain one on `derivatives = [0]`, `[1]` or `[2]`. Spliced frames take `splice` times the memory while they are clustered.
+    """
+
+    splice: Count = 1  # neighbouring frames side by side, an odd number; at the edges the outermost frame is repeated
+    # 13 numbers of each spliced frame for each, one order after the other: 0 = the cepstra themselves, 1 = first deltas, 2 = second
+    derivatives: Annotated[tuple[Literal[0, 1, 2], ...], Meta(min_length=1)] = (0, 1, 2)
+
+    @property
+    def dim(self) -> int:
+        """Numbers per frame."""
+        return 13 * self.splice * len(self.derivatives)
 
 
 class Layer(Settings, frozen=True, kw_only=True, tag="layer", tag_field="kind"):
@@ -91,15 +110,23 @@ Teacher = Mfcc | Layer
 class Kmeans(Settings, frozen=True, kw_only=True):
     """How the codebook is fitted: Lloyd passes, over a share of the frames first and over all at the end. fairseq's
     `examples/hubert/simple_kmeans/learn_kmeans.py` runs scikit-learn's MiniBatchKMeans on batches of 10,000 frames
-    (HuBERT (Hsu et al. 2021) II-A, IV-B)."""
+    (HuBERT (Hsu et al. 2021) II-A, IV-B).
 
-    clusters: Clusters  # n_clusters: 100 for MFCC, 500 for transformer features
+    Several numbers of clusters make several label streams, which the model learns to predict side by side: a cluster ensemble, or
+    with `product` a product codebook (II-C, V-E)."""
+
+    clusters: Clusters | Streams  # n_clusters: 100 for MFCC, 500 for transformer features; [50, 100]: a stream each
+    product: bool = False  # each stream has its even part of the features, cut in order, instead of all of them
     # --percent: share of train utterances fitted on, drawn without replacement; fairseq: 0.1 for transformer features
     sample_share: PositiveShare = 1.0
     max_iterations: Count = (
         30  # Lloyd passes at most, over all frames as over each smaller share; fairseq: max_iter 100
     )
     tolerance: NotNegative = 2e-4  # stop when the inertia falls by less than this share in a pass; fairseq: tol 0
+    # mini_batch: on batches of 10,000 frames, as fairseq's; see the figures in units/kmeans.py
+    algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
+    # parallel: k-means‖ over all of the sampled frames instead of k-means++ over a subsample; see units/kmeans.py
+    seeding: Literal["plus_plus", "parallel"] = "plus_plus"
     seedings: Count = (
         3  # refined k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20
     )
@@ -108,6 +135,11 @@ class Kmeans(Settings, frozen=True, kw_only=True):
     )
     half_precision: bool = False  # hold the sampled frames as float16: half the memory; sums are float64 either way
     seed: int = 0
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Clusters of each label stream."""
+        return (self.clusters,) if isinstance(self.clusters, int) else self.clusters
 
 
 class Mask(Settings, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from msgspec import Meta
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Clusters = Annotated[int, Meta(ge=2, le=2**16)]  # labels are uint16
+Streams = Annotated[tuple[Clusters, ...], Meta(min_length=2)]  # of each label stream; one stream is a plain number
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]

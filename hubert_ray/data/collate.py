@@ -17,10 +17,10 @@ from hubert_ray.data.shards import AudioReader, Manifest
 
 @dataclass(frozen=True)
 class Crops:
-    """A micro-batch in memory: waveforms (B, S) float32 and the label of each model frame (B, T) int64."""
+    """A micro-batch in memory: waveforms (B, S) float32 and the label of each model frame in each stream (B, T, K) int64."""
 
     wave_BS: torch.Tensor
-    labels_BT: torch.Tensor
+    labels_BTK: torch.Tensor
 
 
 @dataclass(frozen=True)

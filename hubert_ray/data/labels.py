@@ -1,7 +1,8 @@
 """Where are the labels of utterance N? In one flat file on the worker's disk, found by manifest row.
 
 Label parts are keyed by utterance id. They are joined to the manifest once, checked against the audio's length, and
-laid end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz, of which only touched pages are in memory.
+laid end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz and a label stream, of which only touched pages are in
+memory. Where a codebook has several streams, the labels of a frame lie side by side.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ _LABELS_AT_ONCE = 2**22
 
 
 class LabelStore:
-    """Labels of the utterances of `manifest`, by row.
+    """Labels of the utterances of `manifest`, by row; `streams` of them for each frame.
 
-    Raises LabelError where an utterance has no labels, more than one row, or another number of labels than its length
-    and the frame rate ask for.
+    Raises LabelError where an utterance has no labels, more than one row, or another number of labels than its length, the
+    frame rate and the streams ask for.
     """
 
-    def __init__(self, storage: Storage, labels_path: str, manifest: Manifest, frame_rate_hz: int):
+    def __init__(self, storage: Storage, labels_path: str, manifest: Manifest, frame_rate_hz: int, streams: int = 1):
         self.frame_rate_hz = frame_rate_hz
+        self._streams = streams
         stride = SAMPLE_RATE // frame_rate_hz
         frames = np.maximum(0, (manifest.numbers("samples") - RECEPTIVE_FIELD) // stride + 1)
-        self._bounds = np.concatenate([[0], np.cumsum(frames)])
+        self._bounds = np.concatenate([[0], np.cumsum(frames * streams)])
         self._file = tempfile.NamedTemporaryFile(prefix="hubert-ray-labels-")
         self._values = np.memmap(self._file, dtype=np.uint16, mode="w+", shape=(max(1, int(self._bounds[-1])),))
         found = np.zeros(len(manifest), dtype=bool)
@@ -73,29 +75,36 @@ class LabelStore:
             name = part["utterance_id"][int(chosen_M[k])].as_py()
             raise LabelError(
                 f"'{name}' has {counts_M[k]} labels{' a second time' if again_M[k] else ''}; its audio has "
-                f"{expected_M[k]} frames at {self.frame_rate_hz} Hz. Run assign_labels again."
+                f"{expected_M[k] // self._streams} frames at {self.frame_rate_hz} Hz"
+                + (f" and {self._streams} label streams" if self._streams > 1 else "")
+                + ". Run assign_labels again."
             )
         within = np.arange(counts_M.sum()) - np.repeat(np.cumsum(counts_M) - counts_M, counts_M)
         source, target = offsets[chosen_M], self._bounds[rows_M]
         self._values[np.repeat(target, counts_M) + within] = values[np.repeat(source, counts_M) + within]
         found[rows_M] = True
 
-    def histogram(self, chosen_N: np.ndarray, clusters: int) -> np.ndarray:
-        """How often each label occurs in the chosen utterances (a bool per row); longer than `clusters` where labels are."""
-        counts = np.zeros(2**16, dtype=np.int64)
+    def histograms(self, chosen_N: np.ndarray, classes: tuple[int, ...]) -> list[np.ndarray]:
+        """For each stream how often each label occurs in the chosen utterances (a bool per row); longer than its entry of
+        `classes` where labels are."""
+        counts_SK = np.zeros((self._streams, 2**16), dtype=np.int64)
         edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen_N, [False]]).astype(np.int8)))
         for first, beyond in edges.reshape(-1, 2):  # neighbouring rows lie together
             for start in range(
-                self._bounds[first], self._bounds[beyond], _LABELS_AT_ONCE
+                self._bounds[first], self._bounds[beyond], _LABELS_AT_ONCE * self._streams
             ):  # numpy widens each to 8 bytes
-                stop = min(start + _LABELS_AT_ONCE, self._bounds[beyond])
-                counts += np.bincount(self._values[start:stop], minlength=len(counts))
-        return counts[: max(clusters, int(counts.nonzero()[0].max(initial=-1)) + 1)]
+                stop = min(start + _LABELS_AT_ONCE * self._streams, self._bounds[beyond])
+                for stream, counts_K in enumerate(counts_SK):
+                    counts_K += np.bincount(
+                        self._values[start + stream : stop : self._streams], minlength=len(counts_K)
+                    )
+        ends = [int(counts_K.nonzero()[0].max(initial=-1)) + 1 for counts_K in counts_SK]
+        return [counts_K[: max(pair)] for counts_K, *pair in zip(counts_SK, classes, ends, strict=True)]
 
     def window(self, row: int, window: slice) -> np.ndarray:
-        """Labels of one utterance at the frames of `window` (see data/frames.py), uint16."""
+        """Labels of one utterance at the frames of `window` (see data/frames.py), (frames, streams) uint16."""
         start, stop = int(self._bounds[row]), int(self._bounds[row + 1])
-        return self._values[start:stop][window]
+        return self._values[start:stop].reshape(-1, self._streams)[window]
 
 
 def _rows_by_shard(manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 import ray.exceptions
+import torch
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Kmeans
@@ -30,6 +31,7 @@ from hubert_ray.units import kmeans
 from hubert_ray.units.kmeans import Fit, Partial
 
 LANES = 64
+ROUNDS = 5  # of k-means‖; Bahmani et al. find no gain in more
 Subtree = tuple[int, int]  # (first lane, number of lanes, a power of two that divides the first)
 Sums = dict[Subtree, list[Partial] | None]  # None: no lane of it has a block
 LOST = -1  # in place of a number of frames: the holder died before it had the block
@@ -46,8 +48,9 @@ class BlockSource(Protocol):
 class BlockHolder:
     """Keeps feature blocks in memory and reduces them."""
 
-    def __init__(self, shards: int) -> None:
+    def __init__(self, shards: int, device: str) -> None:
         self._shards = shards
+        self._device = torch.device(device)
         self._blocks: dict[int, np.ndarray] = {}
 
     def put(self, position: int, block_ND: np.ndarray) -> int:
@@ -62,12 +65,21 @@ class BlockHolder:
         """Chosen rows of chosen blocks, for seeding."""
         return {position: self._blocks[position][rows] for position, rows in wanted.items()}
 
-    def reduce(self, passes: Sequence[tuple[np.ndarray, int]], lanes: range) -> Sums:
-        """The sums of the largest subtrees within `lanes`, for each (centroids, stride of the frames)."""
+    def far_rows(self, fit: Fit, share: float, key: int) -> dict[int, np.ndarray]:
+        """Frames drawn with a chance of `share` times their squared distance to the nearest centroid, by block."""
+        found = {}
+        for position, block_ND in self._blocks.items():
+            frames_ND = np.asarray(fit.frames(block_ND, position), dtype=np.float32)
+            chances_N = share * kmeans.assign(frames_ND, fit.centroids_KD, self._device)[1]
+            found[position] = frames_ND[np.random.default_rng([key, position]).random(len(frames_ND)) < chances_N]
+        return found
+
+    def reduce(self, fits: Sequence[Fit], lanes: range) -> Sums:
+        """The sums of the largest subtrees within `lanes`, for the next pass of each fit."""
         leaves: Sums = {}
         for position in sorted(self._blocks):
             block_ND = self._blocks[position]
-            parts = [kmeans.partial(block_ND[::stride], centroids_KD) for centroids_KD, stride in passes]
+            parts = [kmeans.partial(fit.frames(block_ND, position), fit.centroids_KD, self._device) for fit in fits]
             leaf = (lane_of(position, self._shards), 1)
             leaves[leaf] = _added(leaves.get(leaf), parts)
         return {tree: tree_sum(tree, leaves) for tree in subtrees(lanes)}
@@ -103,8 +115,14 @@ def _added(left: list[Partial] | None, right: list[Partial]) -> list[Partial]:
     return right if left is None else [a + b for a, b in zip(left, right, strict=True)]
 
 
+def _far_rows(fit: ray.ObjectRef, share: float, key: int, holder: Any) -> ray.ObjectRef:
+    return holder.far_rows.remote(fit, share, key)
+
+
 def _new_holder(cluster: Cluster, shards: int) -> Any:
-    return BlockHolder.options(num_cpus=cluster.kmeans_cpus).remote(shards)  # type: ignore[attr-defined]  # mypy does not see what a class decorator returns
+    device = "cuda" if cluster.kmeans_gpus else "cpu"
+    options = {"num_cpus": cluster.kmeans_cpus, "num_gpus": cluster.kmeans_gpus}
+    return BlockHolder.options(**options).remote(shards, device)  # type: ignore[attr-defined]  # mypy does not see what a class decorator returns
 
 
 class _Extract:
@@ -207,14 +225,29 @@ class FeatureSample:
         found = {p: rows for answer in self._ask(ask) for p, rows in answer.items()}
         return np.concatenate([found[p] for p in sorted(found)])
 
-    def lloyd_pass(self, fits: Sequence[Fit], settings: Kmeans) -> list[Fit]:
+    def oversample(
+        self, clusters: int, stride: int, dims: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates (M, D) for starting centroids, and the number of frames that each is the nearest of, (M,): k-means‖
+        (Bahmani et al. 2012) in five rounds of about 2 x `clusters` draws, over every `stride`th frame of each block."""
+        candidates_MD = np.asarray(self.draw(1, rng)[:, slice(*dims)], dtype=np.float32)
+        for _ in range(ROUNDS):
+            fit = Fit(candidates_MD, stride, dims=dims)
+            inertia, key = self.reduce([fit])[0].inertia, int(rng.integers(2**63))
+            if inertia:
+                call = bind(_far_rows, ray.put(fit), 2 * clusters / inertia, key)
+                found = {position: rows for answer in self._ask(call) for position, rows in answer.items()}
+                candidates_MD = np.concatenate([candidates_MD, *(found[position] for position in sorted(found))])
+        return candidates_MD, self.reduce([Fit(candidates_MD, stride, dims=dims)])[0].counts_K
+
+    def one_pass(self, fits: Sequence[Fit], settings: Kmeans) -> list[Fit]:
         """Every fit that is not done, one pass further; they share the way over the frames."""
-        totals = iter(self.reduce([(fit.centroids_KD, fit.stride) for fit in fits if not fit.done]))
+        totals = iter(self.reduce([fit for fit in fits if not fit.done]))
         return [fit if fit.done else fit.advance(next(totals), settings) for fit in fits]
 
-    def reduce(self, passes: Sequence[tuple[np.ndarray, int]]) -> list[Partial]:
-        """The sums over every `stride`th frame of each block, for each (centroids, stride)."""
-        shared = ray.put(list(passes))
+    def reduce(self, fits: Sequence[Fit]) -> list[Partial]:
+        """The sums over the frames of each fit's next pass."""
+        shared = ray.put(list(fits))
         known: Sums = {}
         for answer in self._ask(lambda holder: holder.reduce.remote(shared, self._lanes(self._holders.index(holder)))):
             known |= answer

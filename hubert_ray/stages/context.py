@@ -88,7 +88,7 @@ class TeacherAt:
 
     def open(self) -> FeatureExtractor:
         if isinstance(self.teacher, Mfcc):
-            return MfccExtractor()
+            return MfccExtractor(self.teacher)
         assert self.model is not None
         return LayerExtractor(self.model.encoder(), self.teacher.layer)
 

@@ -1,4 +1,4 @@
-"""teacher features of the train split -> a codebook of K centroids.
+"""teacher features of the train split -> a codebook: K centroids, or those of several label streams.
 
 Features are streamed from the audio shards; a seeded sample of utterances stays in the memory of Ray actors, where
 k-means++ and Lloyd's algorithm run on it. Dev and test audio is never clustered. HuBERT (Hsu et al. 2021) II-A, II-D, IV-B.
@@ -22,7 +22,7 @@ from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units import kmeans as lloyd
-from hubert_ray.units.kmeans import Fit
+from hubert_ray.units.kmeans import Fit, MiniBatchFit
 
 SEEDING_FRAMES = 100  # per cluster; with fewer k-means++ goes for outliers, more only take longer
 GROUP_SECONDS = 600.0  # of audio that is decoded at a time
@@ -60,62 +60,84 @@ class _SampledFrames:
 
 
 def learn_kmeans(work: Work, teacher: Teacher, kmeans: Kmeans) -> dict[str, Any]:
-    """Writes `centroids.npy` (K, D) float32 and `history.json` (mean squared distance per pass)."""
+    """Writes `centroids.npy` (K, D) float32, those of several streams one under another, and `history.json` (mean squared distance
+    per pass)."""
     corpus = work.inputs["corpus"].path
     shards = work.manifest().split("train").shards()
     source = partial(_SampledFrames, work.storage, corpus, teacher_at(work, teacher), kmeans)
     with FeatureSample(source, shards, work.cluster) as sample:
-        if sample.frames < kmeans.clusters:
+        if sample.frames < max(kmeans.classes):
             raise RecipeError(
-                f"{work.name}: {sample.frames} feature frames for {kmeans.clusters} clusters; raise kmeans.sample_share, "
+                f"{work.name}: {sample.frames} feature frames for {max(kmeans.classes)} clusters; raise kmeans.sample_share, "
                 "lower kmeans.clusters, or give more audio"
             )
         fits = _resume(work) or first_fits(sample, kmeans)
         while not all(fit.done for fit in fits):
-            fits = sample.lloyd_pass(fits, kmeans)
-            _show(work, fits)
-            _save(work, fits)
+            before, fits = fits, sample.one_pass(fits, kmeans)
+            _show(work, kmeans, before, fits)
+            if not any(isinstance(fit, MiniBatchFit) for fit in fits):  # those are quick, and begin again
+                _save(work, fits)
         frames = sample.frames
-    best = min(fits, key=lambda fit: fit.inertia_history[-1])
-    work.storage.write(work.output.file(layout.CENTROIDS), _npy(best.centroids_KD))
-    facts = {
-        "inertia_history": best.inertia_history,
-        "frames": frames,
-        "empty_clusters": best.empty,
-        "restarts": [fit.inertia_history[-1] for fit in fits],
-    }
-    work.output.write_json(layout.HISTORY, facts)
+    streams = [[fit for fit in fits if fit.stream == stream] for stream in range(len(kmeans.classes))]
+    best = [min(restarts, key=lambda fit: fit.inertia_history[-1]) for restarts in streams]
+    work.storage.write(work.output.file(layout.CENTROIDS), _npy(np.concatenate([fit.centroids_KD for fit in best])))
+    histories = [
+        {
+            "inertia_history": fit.inertia_history,
+            "empty_clusters": fit.empty,
+            "restarts": [restart.inertia_history[-1] for restart in restarts],
+        }
+        for fit, restarts in zip(best, streams, strict=True)
+    ]
+    work.output.write_json(layout.HISTORY, {"frames": frames, "streams": histories})
     work.storage.delete(work.output.file(_PROGRESS))
-    return {"frames": frames, "passes": len(best.inertia_history), "inertia": best.inertia_history[-1]}
+    return {
+        "frames": frames,
+        "passes": [len(fit.inertia_history) for fit in best],
+        "inertia": [fit.inertia_history[-1] for fit in best],
+    }
 
 
 def first_fits(sample: FeatureSample, settings: Kmeans) -> list[Fit]:
-    """The restarts before their first pass: seeded from one subsample, each by draws of its own."""
-    rng = np.random.default_rng(settings.seed)
-    subsample_ND = sample.draw(SEEDING_FRAMES * settings.clusters, rng)
-    stride = lloyd.first_stride(sample.frames, settings.clusters)
-    return [
-        Fit(lloyd.seed(subsample_ND, settings.clusters, settings.seedings, rng), stride)
-        for _ in range(settings.restarts)
-    ]
+    """The restarts of every stream before their first pass. Each stream begins with the seed, as if it were the only one; its
+    restarts are seeded from one subsample, each by draws of its own."""
+    fits, streams = [], len(settings.classes)
+    for stream, clusters in enumerate(settings.classes):
+        rng = np.random.default_rng(settings.seed)
+        frames_ND, weights_N = sample.draw(SEEDING_FRAMES * clusters, rng), None
+        width = frames_ND.shape[1]
+        dims = lloyd.part_of(width, stream, streams) if settings.product else (0, width)
+        frames_ND, stride = frames_ND[:, slice(*dims)], lloyd.first_stride(sample.frames, clusters)
+        if settings.seeding == "parallel":
+            frames_ND, weights_N = sample.oversample(clusters, stride, dims, rng)
+        for restart in range(settings.restarts):
+            centroids_KD = lloyd.seed(frames_ND, clusters, settings.seedings, rng, weights_N)
+            if settings.algorithm == "lloyd":
+                fits.append(Fit(centroids_KD, stride, stream, restart, dims))
+            else:
+                batches = lloyd.batch_stride(sample.frames)
+                fits.append(MiniBatchFit(centroids_KD, batches, stream, restart, dims, seed=settings.seed))
+    return fits
 
 
-def _show(work: Work, fits: list[Fit]) -> None:
-    for number, fit in enumerate(fits, start=1):
-        which = f"  restart {number}" if len(fits) > 1 else ""
-        if fit.inertia_history:
-            frames = "all frames" if fit.stride == 1 else f"1/{fit.stride} of the frames"
+def _show(work: Work, kmeans: Kmeans, before: list[Fit], fits: list[Fit]) -> None:
+    """Tells what is new since the pass before."""
+    for old, fit in zip(before, fits, strict=True):
+        which = f"  stream {fit.stream + 1}" if len(kmeans.classes) > 1 else ""
+        which += f"  restart {fit.restart + 1}" if kmeans.restarts > 1 else ""
+        if fit.inertia_history and fit.inertia_history != old.inertia_history:
             print(
-                f"{work.name}{which}  pass {len(fit.inertia_history):>3} over {frames}  mean squared distance "
-                f"{fit.inertia_history[-1]:.4f}  empty {fit.empty}",
+                f"{work.name}{which}  {fit.progress()}  mean squared distance {fit.inertia_history[-1]:.4f}  "
+                f"empty {fit.empty}",
                 flush=True,
             )
 
 
 def _save(work: Work, fits: list[Fit]) -> None:
     buffer = io.BytesIO()
-    state = [(fit.stride, fit.inertia_history, fit.empty, fit.done) for fit in fits]
-    np.savez(buffer, centroids=np.stack([fit.centroids_KD for fit in fits]), state=np.array(json.dumps(state)))
+    centroids = {f"centroids_{number}": fit.centroids_KD for number, fit in enumerate(fits)}
+    state = [{name: value for name, value in vars(fit).items() if name != "centroids_KD"} for fit in fits]
+    np.savez(buffer, allow_pickle=False, state=np.array(json.dumps(state)), **centroids)
     work.storage.write(work.output.file(_PROGRESS), buffer.getvalue())
 
 
@@ -124,10 +146,10 @@ def _resume(work: Work) -> list[Fit]:
         return []
     with np.load(io.BytesIO(work.output.read(_PROGRESS))) as saved:
         state = json.loads(str(saved["state"]))
-        return [
-            Fit(centroids_KD, stride, tuple(history), empty, done)
-            for centroids_KD, (stride, history, empty, done) in zip(saved["centroids"], state, strict=True)
+        lists: list[dict[str, Any]] = [
+            {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()} for fields in state
         ]
+        return [Fit(saved[f"centroids_{number}"], **fields) for number, fields in enumerate(lists)]
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -35,14 +35,14 @@ from hubert_ray.storage.filesystem import Storage
 
 @dataclass(frozen=True)
 class Masked:
-    """A micro-batch: waveforms (B, S), labels (B, T), and which frames are hidden (B, T), which stays on the CPU."""
+    """A micro-batch: waveforms (B, S), labels per stream (B, T, K), and which frames are hidden (B, T), which stays on the CPU."""
 
     wave_BS: torch.Tensor
-    labels_BT: torch.Tensor
+    labels_BTK: torch.Tensor
     mask_BT: torch.Tensor
 
     def to(self, device: torch.device) -> Masked:
-        return Masked(self.wave_BS.to(device), self.labels_BT.to(device), self.mask_BT)
+        return Masked(self.wave_BS.to(device), self.labels_BTK.to(device), self.mask_BT)
 
 
 class MaskedPrediction(nn.Module):
@@ -57,7 +57,7 @@ class MaskedPrediction(nn.Module):
     def forward(self, batch: Masked) -> StepLoss:
         wave_BS = batch.wave_BS.to(self.model.encoder.mask_vector.dtype)
         parts = pretrain_loss(
-            self.model, self.model(wave_BS, batch.mask_BT), batch.labels_BT, batch.mask_BT, self._settings
+            self.model, self.model(wave_BS, batch.mask_BT), batch.labels_BTK, batch.mask_BT, self._settings
         )
         seconds = batch.wave_BS.numel() / 16_000
         sums: list[torch.Tensor | float] = [
@@ -71,7 +71,7 @@ class PretrainTask:
     """Masked prediction over the train split, as the training loop wants it (distributed/train_loop.py)."""
 
     def __init__(
-        self, storage: Storage, corpus: str, labels: str, frame_rate_hz: int, classes: int, size: ModelSize,
+        self, storage: Storage, corpus: str, labels: str, frame_rate_hz: int, classes: tuple[int, ...], size: ModelSize,
         settings: Pretrain, title: str, recompute: bool = False,
     ):  # fmt: skip
         self.title = title
@@ -79,9 +79,9 @@ class PretrainTask:
         manifest = Manifest.read(storage, corpus, ["utterance_id", "split", "shard", "offset", "size", "samples"])
         manifest = manifest.split("train")
         self._plan = BatchPlan(manifest.numbers("samples"), settings)
-        self._labels = LabelStore(storage, labels, manifest, frame_rate_hz)
+        self._labels = LabelStore(storage, labels, manifest, frame_rate_hz, len(classes))
         self._utterances = UtteranceReader(AudioReader(storage, corpus), manifest, size.normalize_waveform)
-        self.module = MaskedPrediction(Hubert(size, (classes,)), settings, recompute)
+        self.module = MaskedPrediction(Hubert(size, classes), settings, recompute)
         self.optimizer = adamw(self.module.parameters(), settings.betas, settings.eps, settings.weight_decay)
         self.micro_batches = self._plan.micro_batches_per_step
 
@@ -89,7 +89,7 @@ class PretrainTask:
         planned = self._plan.step(step)[index]
         crops = self._utterances.crops(planned, self._labels)
         mask_BT = batch_mask(len(planned.rows), planned.frames, self._settings.mask, self._settings.seed, step, index)
-        return Masked(crops.wave_BS, crops.labels_BT, mask_BT)
+        return Masked(crops.wave_BS, crops.labels_BTK, mask_BT)
 
     def count(self, step: int) -> int:
         """Masked frames of the whole step (with the unmasked ones, where they carry weight): known without asking anyone."""
@@ -122,7 +122,9 @@ class PretrainTask:
         return {name.removeprefix("model."): value for name, value in values.items()}
 
 
-def pretrain(work: Work, model: ModelSize, classes: int, frame_rate_hz: int, settings: Pretrain) -> dict[str, Any]:
+def pretrain(
+    work: Work, model: ModelSize, classes: tuple[int, ...], frame_rate_hz: int, settings: Pretrain
+) -> dict[str, Any]:
     """Writes `model.safetensors`, `model.json`, `metrics.jsonl` and TensorBoard files."""
     task = partial(
         PretrainTask, work.storage, work.inputs["corpus"].path, work.inputs["labels"].path, frame_rate_hz, classes,
@@ -138,17 +140,20 @@ def pretrain(work: Work, model: ModelSize, classes: int, frame_rate_hz: int, set
         checkpoint_steps=settings.checkpoint_steps,
         log_steps=settings.log_steps,
     )
-    work.output.write_json(layout.MODEL_CONFIG, ModelCard("hubert", model, (tuple(map(str, range(classes))),)))
+    names = tuple(tuple(map(str, range(clusters))) for clusters in classes)
+    work.output.write_json(layout.MODEL_CONFIG, ModelCard("hubert", model, names))
     fit(job, work.cluster, work.cluster.train_workers)
     return summary(telemetry.read(work.storage, work.output.path), model, classes, settings)
 
 
-def summary(rows: list[dict[str, float]], size: ModelSize, classes: int, settings: Pretrain) -> dict[str, Any]:
+def summary(
+    rows: list[dict[str, float]], size: ModelSize, classes: tuple[int, ...], settings: Pretrain
+) -> dict[str, Any]:
     """First and last figures of a training log; the last ones are a mean over the final tenth of the steps."""
     last = [row for row in rows if row["step"] > 0.9 * settings.steps] or rows[-1:]
     mean = {key: float(np.mean([row[key] for row in last])) for key in last[0]}
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Hubert(size, (classes,)).parameters())
+        parameters = sum(p.numel() for p in Hubert(size, classes).parameters())
     return {
         "steps": settings.steps,
         "parameters": parameters,

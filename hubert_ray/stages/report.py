@@ -78,6 +78,15 @@ def _corpus(work: Work, corpus: Artifact, seal: Seal) -> dict[str, Any]:
 def _iteration(work: Work, seals: dict[str, Seal], iteration: Iteration) -> dict[str, Any]:
     name, teacher = iteration.name, iteration.teacher
     labels = work.inputs[f"{name}/assign_labels"].read_json(layout.QUALITY)
+    codebook = work.inputs[f"{name}/learn_kmeans"].read_json(layout.HISTORY)
+    streams = [
+        {"clusters": clusters, "unit_by_phone": _unit_by_phone(labels, stream)}
+        | {"codebook": fitted | {"frames": codebook["frames"]}}
+        | {figure: stream[figure] for figure in ("quality", "unigram_entropy_bits", "majority_share")}
+        for clusters, fitted, stream in zip(
+            iteration.kmeans.classes, codebook["streams"], labels["streams"], strict=True
+        )
+    ]
     trained = seals[f"{name}/pretrain"].facts
     curve = telemetry.read(work.storage, work.inputs[f"{name}/pretrain"].path)
     figures = (
@@ -87,12 +96,16 @@ def _iteration(work: Work, seals: dict[str, Seal], iteration: Iteration) -> dict
     return {
         "name": name,
         "teacher": "mfcc" if isinstance(teacher, Mfcc) else f"{teacher.of} layer {teacher.layer}",
+        # Several streams have a table each; what stands outside of `streams` is then their mean.
+        **(
+            {part: streams[0][part] for part in ("codebook", "unit_by_phone")}
+            if len(streams) == 1
+            else {"streams": streams}
+        ),
         "clusters": iteration.kmeans.clusters,
         "frame_rate_hz": 100 if isinstance(teacher, Mfcc) else 50,
-        "codebook": work.inputs[f"{name}/learn_kmeans"].read_json(layout.HISTORY),
         "quality": labels["quality"],
         "quality_measured_on": labels["measured_on"],
-        "unit_by_phone": _unit_by_phone(labels),
         "layers": work.inputs[f"{name}/measure_layers"].read_json(layout.QUALITY) or None,
         "pretrain": {figure: trained[figure] for figure in figures}
         | {figure: labels[figure] for figure in ("unigram_entropy_bits", "majority_share")}
@@ -100,11 +113,11 @@ def _iteration(work: Work, seals: dict[str, Seal], iteration: Iteration) -> dict
     }
 
 
-def _unit_by_phone(labels: dict[str, Any]) -> dict[str, Any] | None:
+def _unit_by_phone(labels: dict[str, Any], stream: dict[str, Any]) -> dict[str, Any] | None:
     """P(phone | unit) of the units that occur, ordered by their commonest phone."""
-    if not labels["quality"]:
+    if not stream["quality"]:
         return None
-    counts_PK = np.array(labels["phone_counts"])
+    counts_PK = np.array(stream["phone_counts"])
     units = [int(unit) for unit in np.flatnonzero(counts_PK.sum(axis=0))]
     units.sort(key=lambda unit: (counts_PK[:, unit].argmax(), -counts_PK[:, unit].max() / counts_PK[:, unit].sum()))
     share_UP = (counts_PK[:, units] / counts_PK[:, units].sum(axis=0)).T

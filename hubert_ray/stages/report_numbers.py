@@ -26,6 +26,11 @@ def number(value: object, digits: int | None = None) -> str:
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def units(clusters: object) -> str:
+    """The size of a codebook: 100, or 50 + 100 where it has several label streams."""
+    return " + ".join(map(number, clusters)) if isinstance(clusters, list | tuple) else number(clusters)
+
+
 def percent(value: object, digits: int = 1) -> str:
     return f"{value:.{digits}%}".replace("-", "\N{MINUS SIGN}") if is_number(value) else NONE
 

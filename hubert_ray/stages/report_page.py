@@ -33,7 +33,7 @@ from hubert_ray.stages.charts import (
     line_chart,
     timeline,
 )
-from hubert_ray.stages.report_numbers import duration, moment, number, percent, percent_tick, short, size
+from hubert_ray.stages.report_numbers import duration, moment, number, percent, percent_tick, short, size, units
 
 COLOUR_OF_START = {"pretrained": "c1", "scratch": "c2"}
 WORK_OF_STAGE = {
@@ -100,6 +100,7 @@ def _template() -> Template:
         "size": size,
         "moment": moment,
         "short": short,
+        "units": units,
     }
     return environment.get_template("report.html.j2")
 
@@ -120,7 +121,7 @@ def _flow(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for iteration in report.get("iterations") or []:
         teacher = str(iteration.get("teacher", ""))
         features = "of MFCC" if teacher == "mfcc" else f"of {teacher}"
-        steps.append(("units", f"{number(iteration.get('clusters'))} units", features))
+        steps.append(("units", f"{units(iteration.get('clusters'))} units", features))
         if count := _dig(iteration, "pretrain", "steps"):
             steps.append(("pretrain", str(iteration.get("name")), f"{number(count)} steps"))
     if report.get("finetune"):
@@ -157,7 +158,7 @@ def _iteration_checks(iteration: Mapping[str, Any], previous: Mapping[str, Any] 
     if previous and is_number(pnmi) and is_number(before):
         claim = f"PNMI of the units {pnmi - before:+.3f}".replace("-", "\N{MINUS SIGN}")
         same = iteration.get("clusters") == previous.get("clusters")
-        note = "" if same else f", with {number(previous.get('clusters'))} → {number(iteration.get('clusters'))} units"
+        note = "" if same else f", with {units(previous.get('clusters'))} → {units(iteration.get('clusters'))} units"
         checks.append(Check(pnmi > before, claim, f"{number(before, 3)} → {number(pnmi, 3)}{note}"))
     layers = [layer for layer in iteration.get("layers") or [] if is_number(_dig(layer, "trained", "pnmi"))]
     if layers:
@@ -206,7 +207,10 @@ def _iteration_charts(iteration: Mapping[str, Any]) -> list[Markup]:
     pnmi = {
         kind: [(layer.get("layer"), _dig(layer, kind, "pnmi")) for layer in layers] for kind in ("trained", "untrained")
     }
-    inertia = list(enumerate(_dig(iteration, "codebook", "inertia_history") or [], start=1))
+    inertia = [
+        (name, list(enumerate(_dig(stream, "codebook", "inertia_history") or [], start=1)))
+        for name, stream in _streams(iteration)
+    ]
     charts = [
         line_chart(
             "Loss against unigram entropy",
@@ -236,7 +240,10 @@ def _iteration_charts(iteration: Mapping[str, Any]) -> list[Markup]:
         ),
         line_chart(
             "Inertia of k-means",
-            [Series("inertia", inertia, "c3", dots=True)],
+            [
+                Series(name or "inertia", points, f"c{(number + 2) % 5 + 1}", dots=True)
+                for number, (name, points) in enumerate(inertia)
+            ],
             Axis("iteration of k-means", whole_numbers=True),
             Axis("squared distance to the centroid", "{:,.4g}".format, short),
         ),
@@ -257,13 +264,21 @@ def _machine_charts(iteration: Mapping[str, Any]) -> list[Markup]:
     return [chart for chart in charts if chart]
 
 
-def _unit_by_phone(iteration: Mapping[str, Any]) -> Markup:
-    table = iteration.get("unit_by_phone")
+def _streams(iteration: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, what it has) of each label stream; the only one of a plain codebook has no name, and is the iteration itself."""
+    streams = iteration.get("streams")
     return (
-        heat_map("Which phone a unit stands for", table["phones"], table["units"], table["share"])
-        if table
-        else Markup("")
+        [(f"stream {place}", stream) for place, stream in enumerate(streams, start=1)] if streams else [("", iteration)]
     )
+
+
+def _unit_by_phone(iteration: Mapping[str, Any]) -> Markup:
+    maps = Markup("")
+    for name, stream in _streams(iteration):
+        if table := stream.get("unit_by_phone"):
+            title = "Which phone a unit stands for" + (f", {name}" if name else "")
+            maps += heat_map(title, table["phones"], table["units"], table["share"])
+    return maps
 
 
 def _across_iterations(iterations: Sequence[Mapping[str, Any]]) -> Markup:
@@ -274,7 +289,7 @@ def _across_iterations(iterations: Sequence[Mapping[str, Any]]) -> Markup:
     )
     groups = [
         (
-            f"{iteration.get('name')}, {number(iteration.get('clusters'))}",
+            f"{iteration.get('name')}, {units(iteration.get('clusters'))}",
             [Bar(name, _dig(iteration, "quality", key), colour) for name, key, colour in measures],
         )
         for iteration in iterations

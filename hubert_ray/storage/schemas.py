@@ -43,7 +43,10 @@ QUARANTINE = pa.schema(
 LABELS = pa.schema(
     [
         ("utterance_id", pa.string()),
-        ("labels", pa.list_(pa.uint16())),  # one cluster id per teacher frame
+        (
+            "labels",
+            pa.list_(pa.uint16()),
+        ),  # cluster ids of the teacher's frames in order; of each frame one per label stream
         ("frame_rate_hz", pa.int16()),  # 100 for MFCC labels, 50 for transformer labels
     ]
 )

@@ -16,6 +16,7 @@ import torch
 import torchaudio.compliance.kaldi
 import torchaudio.functional
 
+from hubert_ray.config.recipe import Mfcc
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.collate import pad
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of
@@ -34,22 +35,38 @@ class FeatureExtractor(Protocol):
 class MfccExtractor:
     """13 cepstra with first and second deltas, 100 Hz, as fairseq's `examples/hubert/simple_kmeans/dump_mfcc_feature.py`:
     Kaldi's MFCC without energy, mean subtraction or dither, on waveforms in [-1, 1]; frames are 25 ms long, 10 ms apart,
-    none reaching over the edges."""
+    none reaching over the edges.
+
+    With `splice` = 3 a frame is followed by what its neighbours have, regrouped by derivative order: the cepstra of the frame
+    before, of this one and of the next, then their first deltas, then their second ones, 117 numbers. HuBERT (Hsu et al. 2021) V-E
+    does not say what stands in for the neighbours at the edges; here the outermost frame does."""
 
     frame_rate_hz = 100
-    dim = 39
+
+    def __init__(self, settings: Mfcc | None = None):
+        self._settings = settings or Mfcc()
+        self.dim = self._settings.dim
 
     def __call__(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         return [self._one(wave_S) for wave_S in waves]
 
-    @staticmethod
-    def _one(wave_S: np.ndarray) -> np.ndarray:
+    def _one(self, wave_S: np.ndarray) -> np.ndarray:
         wave_1S = torch.from_numpy(wave_S).unsqueeze(0)
         mfcc_FC = torchaudio.compliance.kaldi.mfcc(wave_1S, sample_frequency=SAMPLE_RATE, use_energy=False)
         static_CF = mfcc_FC.T
         delta_CF = torchaudio.functional.compute_deltas(static_CF)
         second_CF = torchaudio.functional.compute_deltas(delta_CF)
-        return torch.cat([static_CF, delta_CF, second_CF]).T.contiguous().numpy()
+        orders = (static_CF, delta_CF, second_CF)
+        chosen = [_spliced(orders[order], self._settings.splice) for order in self._settings.derivatives]
+        return torch.cat(chosen).T.contiguous().numpy()
+
+
+def _spliced(values_CF: torch.Tensor, frames: int) -> torch.Tensor:
+    """Each frame's values under those of its neighbours, earliest first: (C x frames, F)."""
+    if frames == 1:
+        return values_CF
+    padded_CF = torch.nn.functional.pad(values_CF, (frames // 2, frames // 2), mode="replicate")
+    return torch.cat([padded_CF[:, start : start + values_CF.shape[1]] for start in range(frames)])
 
 
 class LayerExtractor:

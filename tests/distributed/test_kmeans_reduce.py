@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from functools import partial as bind
 
+import msgspec
 import numpy as np
 import pytest
 import ray
@@ -13,6 +15,7 @@ from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Kmeans
 from hubert_ray.distributed.kmeans_reduce import LANES, FeatureSample, lane_of, subtrees, tree_sum
 from hubert_ray.errors import TrainingError
+from hubert_ray.stages.learn_kmeans import first_fits
 from hubert_ray.units import kmeans
 from hubert_ray.units.kmeans import Fit, Partial
 
@@ -44,7 +47,7 @@ def fit(workers: int, kill_at: int | None = None, max_failures: int = 3):
                 victim = sample._holders[-1]
                 assert ray.get(victim.positions.remote()), "nothing would be lost"
                 ray.kill(victim)
-            (total,) = sample.reduce([(centroids, 1)])
+            (total,) = sample.reduce([Fit(centroids)])
             centroids = kmeans.update(total, centroids)
         return centroids, total.inertia, sample.frames
 
@@ -79,24 +82,86 @@ def test_bits_survive_a_killed_holder(alone):
     assert inertia == alone[1]
 
 
-def test_restarts_side_by_side_are_those_made_alone(ray_local):
-    settings = Kmeans(clusters=CLUSTERS)
-    with FeatureSample(Blocks, SHARDS, Cluster(kmeans_workers=3)) as sample:
-        starts = [
-            Fit(kmeans.seed(sample.draw(500, np.random.default_rng(r)), CLUSTERS, 1, np.random.default_rng(r)))
-            for r in range(3)
-        ]
+FEW_SHARDS = SHARDS[3::4]  # with the one that has an empty block
+SETTINGS = {
+    "plain": Kmeans(clusters=12),
+    "restarts": Kmeans(clusters=12, restarts=3),
+    "ensemble": Kmeans(clusters=(5, 12)),
+    "product": Kmeans(clusters=(5, 12), product=True),
+    "mini-batch": Kmeans(clusters=12, algorithm="mini_batch", tolerance=0.5),
+    "parallel": Kmeans(clusters=(5, 12), seeding="parallel"),
+}
 
-        def finish(fits):
-            while not all(fit.done for fit in fits):
-                fits = sample.lloyd_pass(fits, settings)
-            return fits
 
-        together, apart = finish(starts), [finish([start])[0] for start in starts]
+class Part:
+    """Some of the features of the made-up teacher; an even number for two streams."""
+
+    def __init__(self, first=0, beyond=4):
+        self._dims = slice(first, beyond)
+
+    def __call__(self, shard):
+        return np.ascontiguousarray(Blocks()(shard)[:, self._dims])
+
+
+def finish(sample, settings):
+    """The fits of a whole k-means as learn_kmeans makes it."""
+    fits = first_fits(sample, settings)
+    while not all(fit.done for fit in fits):
+        fits = sample.one_pass(fits, settings)
+    return fits
+
+
+def bits(fits):
+    return [(fit.stream, fit.restart, fit.centroids_KD.tobytes(), fit.inertia_history) for fit in fits]
+
+
+@pytest.fixture(scope="module")
+def by_one_holder(ray_local):
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=1)) as sample:
+        return {name: finish(sample, settings) for name, settings in SETTINGS.items()}
+
+
+def test_whole_fits_have_the_same_bits_for_more_holders(by_one_holder):
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=3)) as sample:
+        for name, settings in SETTINGS.items():
+            assert bits(finish(sample, settings)) == bits(by_one_holder[name]), name
+
+
+def test_restarts_side_by_side_are_those_made_alone(by_one_holder):
+    together = by_one_holder["restarts"]
     assert len({fit.inertia_history[-1] for fit in together}) > 1, "the starts must lead to different places"
-    for one, other in zip(together, apart, strict=True):
-        assert one.centroids_KD.tobytes() == other.centroids_KD.tobytes()
-        assert one.inertia_history == other.inertia_history
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=2)) as sample:
+        for start, one in zip(first_fits(sample, SETTINGS["restarts"]), together, strict=True):
+            fits = [start]
+            while not fits[0].done:
+                fits = sample.one_pass(fits, SETTINGS["restarts"])
+            assert bits(fits) == bits([one])
+
+
+@pytest.mark.parametrize("name", ["ensemble", "parallel"])
+def test_a_stream_of_an_ensemble_is_the_codebook_fitted_alone(by_one_holder, name):
+    with FeatureSample(Part, FEW_SHARDS, Cluster(kmeans_workers=2)) as sample:
+        for fit, clusters in zip(by_one_holder[name], (5, 12), strict=True):
+            (alone,) = finish(sample, msgspec.structs.replace(SETTINGS[name], clusters=clusters))
+            assert fit.centroids_KD.shape == (clusters, 4)
+            assert bits([fit])[0][2:] == bits([alone])[0][2:]
+
+
+def test_a_stream_of_a_product_is_the_codebook_of_its_features_alone(by_one_holder):
+    for fit, clusters in zip(by_one_holder["product"], (5, 12), strict=True):
+        with FeatureSample(bind(Part, *fit.dims), FEW_SHARDS, Cluster(kmeans_workers=2)) as sample:
+            (alone,) = finish(sample, Kmeans(clusters=clusters))
+        assert fit.centroids_KD.shape == (clusters, 2)
+        assert bits([fit])[0][2:] == bits([alone])[0][2:]
+
+
+def test_mini_batches_and_parallel_seeding_end_near_lloyd(by_one_holder):
+    plain, batches = by_one_holder["plain"][0], by_one_holder["mini-batch"][0]
+    parallel = by_one_holder["parallel"][1]
+    assert len(batches.inertia_history) == 1
+    assert batches.centroids_KD.tobytes() != plain.centroids_KD.tobytes() != parallel.centroids_KD.tobytes()
+    assert batches.inertia_history[-1] < 1.05 * plain.inertia_history[-1]
+    assert parallel.inertia_history[-1] < 1.05 * plain.inertia_history[-1]
 
 
 @pytest.mark.parametrize("holders", [1, 2, 3, 5, 7, 64])

@@ -77,7 +77,7 @@ def test_codebook_is_fitted_on_every_train_frame_and_no_other(corpus, reference)
     frames = np.concatenate(extract([reader.wave(**row) for row in rows]))
     recorded = storage.read("runs/one/iter1/learn_kmeans/history.json")
     inertia = kmeans.partial(frames, centroids).inertia / len(frames)
-    assert inertia == pytest.approx(msgspec.json.decode(recorded)["inertia_history"][-1], rel=1e-5)
+    assert inertia == pytest.approx(msgspec.json.decode(recorded)["streams"][0]["inertia_history"][-1], rel=1e-5)
 
 
 def test_finished_parts_are_not_made_again(corpus, reference, monkeypatch):

@@ -16,6 +16,7 @@ from hubert_ray.model.loss import pretrain_loss
 from hubert_ray.model.masking import batch_mask
 from hubert_ray.model.optim import adamw, set_lr
 from hubert_ray.storage import layout
+from hubert_ray.units import kmeans
 from tests.distributed import alone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -84,3 +85,15 @@ def test_training_killed_and_resumed_goes_the_same_way(storage, tmp_path, make, 
     np.testing.assert_allclose([row[loss] for row in killed], [row[loss] for row in calm], rtol=0.02)
     weights = safetensors.torch.load(storage.read(f"{folder}/killed/{layout.MODEL}"))
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in weights.values())
+
+
+def test_assignment_on_the_gpu_is_that_of_the_cpu():
+    """Up to frames that are as near to one centroid as to another."""
+    rng = np.random.default_rng(0)
+    frames_ND = rng.normal(size=(200_000, 39)).astype(np.float32)
+    centroids_KD = frames_ND[:500].copy()
+    cpu, gpu = kmeans.partial(frames_ND, centroids_KD), kmeans.partial(frames_ND, centroids_KD, torch.device("cuda"))
+    assert np.abs(cpu.counts_K - gpu.counts_K).sum() < 1e-3 * len(frames_ND)
+    assert gpu.inertia == pytest.approx(cpu.inertia, rel=1e-5)
+    again = kmeans.partial(frames_ND, centroids_KD, torch.device("cuda"))
+    assert again.sums_KD.tobytes() == gpu.sums_KD.tobytes(), "a pass that is repeated must not change the centroids"

@@ -73,6 +73,17 @@ def test_overrides_reach_nested_settings_by_name():
         ("corpus.train_speakers=-3", "expected int >= 1"),
         ("corpus.kind=librspeech", "there are embedded, librispeech, folder; did you mean 'librispeech'"),
         ("iterations.iter2.teacher.kind=mffc", "did you mean 'mfcc'"),
+        ("iterations.iter1.kmeans.clusters=[100]", "clusters = .*length >= 2"),
+        ("iterations.iter1.kmeans.clusters=[100, 1]", "clusters.* = 1: expected int >= 2"),
+        ("iterations.iter1.kmeans.clusters=[50, 50]", "the same codebook twice"),
+        (
+            "iterations.iter1.kmeans.product=true",
+            "product with clusters = 100: give a number of clusters for each part",
+        ),
+        ("iterations.iter1.teacher.splice=2", "teacher.splice: an odd number"),
+        ("iterations.iter1.teacher.derivatives=[0, 3]", "derivatives"),
+        ("iterations.iter1.teacher.derivatives=[1, 1]", "each order once"),
+        ("iterations.iter1.kmeans.algorithm=minibatch", "there are lloyd, mini_batch; did you mean 'mini_batch'"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(override, message):
@@ -179,6 +190,20 @@ def test_cluster_settings_are_checked():
         load_cluster(None, ["train_gpus=-1"])
     with pytest.raises(RecipeError, match="at most train_workers = 2"):
         load_cluster(None, ["train_workers_min=5"])
+
+
+def test_several_streams_reach_labels_and_model():
+    overrides = ["clusters=[100, 200, 300]", "product=true"]
+    recipe = load_recipe("demo", [f"iterations.iter1.kmeans.{o}" for o in overrides])
+    assert recipe.iterations[0].kmeans.classes == (100, 200, 300)
+    stages = {stage.name: stage.settings for stage in pipeline.unroll(recipe)}
+    assert stages["iter1/assign_labels"]["classes"] == stages["iter1/pretrain"]["classes"] == (100, 200, 300)
+    assert stages["iter2/pretrain"]["classes"] == (100,)
+    with pytest.raises(RecipeError, match="5 streams cannot share out"):
+        load_recipe(
+            "demo", ["iterations.iter1.kmeans.clusters=[9, 9, 9, 9, 9]", "iterations.iter1.kmeans.product=true"]
+        )
+    assert load_recipe("demo", ["iterations.iter1.kmeans.clusters=[50, 100]"]).iterations[0].kmeans.classes == (50, 100)
 
 
 def test_fingerprints_change_with_settings_and_flow_downstream_only(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hubert_ray.config.recipe import Mfcc
 from hubert_ray.config.sizes import TINY, ModelSize
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.frames import frames_of, mfcc_frames_of
@@ -62,7 +63,7 @@ def test_slow_deltas_by_hand():
 @pytest.mark.parametrize("samples", [400, 559, 560, 720, 4321, 16_000])
 def test_mfcc_frames_are_those_that_labels_count(samples):
     (features_FD,) = MfccExtractor()(waves(samples))
-    assert features_FD.shape == (mfcc_frames_of(samples), MfccExtractor.dim)
+    assert features_FD.shape == (mfcc_frames_of(samples), MfccExtractor().dim)
     assert features_FD.dtype == np.float32
     assert np.isfinite(features_FD).all()
 
@@ -76,6 +77,31 @@ def test_mfcc_of_an_utterance_is_its_own():
         assert np.array_equal(MfccExtractor()([wave_S])[0], features_FD)
         assert np.array_equal(wave_S, before)
     assert MfccExtractor()([]) == []
+
+
+def test_spliced_frames_are_grouped_by_derivative():
+    (plain_FD,) = MfccExtractor()(several := waves(4000))
+    (spliced_FD,) = MfccExtractor(Mfcc(splice=3))(several)
+    frames = len(plain_FD)
+    assert spliced_FD.shape == (frames, 117)
+    for frame in range(frames):
+        neighbours = [max(frame - 1, 0), frame, min(frame + 1, frames - 1)]
+        for order in range(3):
+            expected = np.concatenate([plain_FD[n, 13 * order : 13 * order + 13] for n in neighbours])
+            assert np.array_equal(spliced_FD[frame, 39 * order : 39 * order + 39], expected)
+
+
+@pytest.mark.parametrize("splice", [1, 3])
+def test_chosen_derivatives_are_those_of_all(splice):
+    several = waves(4000, 400)
+    for whole, second in zip(
+        MfccExtractor(Mfcc(splice=splice))(several),
+        MfccExtractor(Mfcc(splice=splice, derivatives=(2, 0)))(several),
+        strict=True,
+    ):
+        width = 13 * splice
+        assert np.array_equal(second, np.concatenate([whole[:, 2 * width :], whole[:, :width]], axis=1))
+        assert second.shape[1] == MfccExtractor(Mfcc(splice=splice, derivatives=(2, 0))).dim
 
 
 def test_mfcc_knows_no_level_but_in_c0():

@@ -76,7 +76,9 @@ class Run:
     def seal_labels(self) -> None:
         self.write_labels()
         train = np.concatenate([row["labels"] for row in self.rows[:20]])
-        self.labels.write_json(layout.QUALITY, {"histogram": np.bincount(train, minlength=CLUSTERS).tolist()})
+        self.labels.write_json(
+            layout.QUALITY, {"streams": [{"histogram": np.bincount(train, minlength=CLUSTERS).tolist()}]}
+        )
         self.labels.seal({})
 
     def write_labels(self) -> None:
@@ -92,7 +94,7 @@ class Run:
     def findings(self) -> dict[str, health.Finding]:
         found = [
             *health.corpus_findings(self.corpus, read_audio=True),
-            *health.label_findings(self.corpus, self.labels, 100, CLUSTERS),
+            *health.label_findings(self.corpus, self.labels, 100, (CLUSTERS,)),
             *health.codebook_findings(self.corpus, self.codebook, 100, self.kmeans),
         ]
         return {finding.check: finding for finding in found}
@@ -212,6 +214,34 @@ def test_a_label_beyond_the_codebook(run):
     findings = run.findings()
     assert not_ok(findings) == {"iter1.labels.clusters": "failed"}
     assert "1 labels are no cluster" in findings["iter1.labels.clusters"].found
+
+
+def test_several_streams_are_checked_each(run):
+    """A second stream of 5 clusters beside the first, of which it takes the remainder; then three of its clusters die."""
+
+    def findings() -> dict[str, health.Finding]:
+        train = np.concatenate([row["labels"] for row in run.rows[:20]]).reshape(-1, 2)
+        sizes = zip(train.T, (CLUSTERS, 5), strict=True)
+        measured = [{"histogram": np.bincount(labels, minlength=size).tolist()} for labels, size in sizes]
+        run.write_labels()
+        run.labels.write_json(layout.QUALITY, {"streams": measured})
+        found = health.label_findings(run.corpus, run.labels, 100, (CLUSTERS, 5))
+        return {finding.check: finding for finding in found}
+
+    for row in run.rows:
+        row["labels"] = np.stack([row["labels"], row["labels"] % 5], axis=1).ravel()
+    assert not_ok(findings()) == {}
+    for row in run.rows:
+        row["labels"] = np.where(np.arange(len(row["labels"])) % 2, row["labels"] % 2, row["labels"])
+    told = findings()
+    assert not_ok(told) == {"iter1.labels.clusters": "warning"}
+    assert "stream 1: 0 of 10 clusters never" in told["iter1.labels.clusters"].found
+    assert "stream 2: 3 of 5 clusters never" in told["iter1.labels.clusters"].found
+    run.kmeans = Kmeans(clusters=(CLUSTERS, 5))
+    assert run.findings()["iter1.codebook.centroids"].status == "failed"
+    run.centroids = np.zeros((CLUSTERS + 5, 39), dtype=np.float32)
+    run.seal_codebook()
+    assert run.findings()["iter1.codebook.centroids"].status == "ok"
 
 
 @pytest.mark.parametrize(("share", "right"), [(1.0, 20), (0.5, 10), (0.01, 1)])

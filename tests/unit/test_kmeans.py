@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubert_ray.config.recipe import Kmeans
+from hubert_ray.errors import RecipeError
 from hubert_ray.units import kmeans
 from hubert_ray.units.quality import PhoneCounts, entropy_bits, quality
 
@@ -111,7 +113,7 @@ def fitted(frames, start, **settings):
     while not fit.done:
         strides.append(fit.stride)
         fit = fit.advance(
-            kmeans.partial(frames[:: fit.stride], fit.centroids_KD), Kmeans(clusters=len(start), **settings)
+            kmeans.partial(fit.frames(frames, 0), fit.centroids_KD), Kmeans(clusters=len(start), **settings)
         )
     return fit, strides
 
@@ -145,6 +147,71 @@ def test_growing_costs_no_quality(frames_a_cluster):
     grown = fitted(frames, start)[0].inertia_history[-1]
     direct = kmeans.partial(frames, lloyd(frames, start, 60)).inertia / len(frames)
     assert grown < 1.02 * direct
+
+
+def test_mini_batches_end_near_lloyd_and_settled():
+    frames = blobs(count=50_000, clusters=30)
+    start = kmeans.seed(frames[::50], 20, 1, np.random.default_rng(0))
+    settings = Kmeans(clusters=20, algorithm="mini_batch")
+    fit = kmeans.MiniBatchFit(start, kmeans.batch_stride(len(frames)), seed=3)
+    batches = []
+    while not fit.done:
+        chosen = fit.frames(frames, 0)
+        batches.append(chosen)
+        fit = fit.advance(kmeans.partial(chosen, fit.centroids_KD), settings)
+    assert len(batches) % 100 == 1, "windows of 100 batches, and a pass over all frames"
+    assert [len(chosen) for chosen in batches] == [10_000] * (len(batches) - 1) + [50_000]
+    assert len({chosen.tobytes() for chosen in batches}) == len(batches)
+    last = kmeans.partial(frames, fit.centroids_KD)
+    assert fit.inertia_history == (last.inertia / len(frames),)
+    assert last.inertia < 1.02 * kmeans.partial(frames, lloyd(frames, start, 60)).inertia
+
+
+def test_a_mini_batch_depends_on_its_number_and_the_block_alone():
+    frames = blobs(count=1003)
+    fit = kmeans.MiniBatchFit(frames[:4], 10, seed=1)
+    again = kmeans.MiniBatchFit(frames[100:104], 10, seed=1)
+    assert np.array_equal(fit.frames(frames, 5), again.frames(frames, 5))
+    draws = [fit.frames(frames, position) for position in range(400)]
+    assert {len(rows) for rows in draws} == {100, 101}
+    assert np.mean([len(rows) for rows in draws]) == pytest.approx(100.3, abs=0.1)
+    assert len(fit.frames(frames[:0], 5)) == 0
+
+
+def test_seeding_minds_weights():
+    """Two heaps far apart, one of them with all of the weight: the centroids are there."""
+    frames = np.concatenate([blobs(count=200, seed=1), blobs(count=200, seed=1) + 1000]).astype(np.float32)
+    weights = np.repeat([0, 1], 200)
+    seeded = kmeans.seed(frames, 5, 2, np.random.default_rng(0), weights)
+    assert (seeded.mean(1) > 500).sum() >= 4  # the first one is drawn without regard to weights
+    same = [kmeans.seed(frames, 5, 2, np.random.default_rng(0), w) for w in (None, np.ones(400))]
+    assert same[0].tobytes() == same[1].tobytes()
+
+
+def test_a_codebook_of_several_streams_is_several_codebooks():
+    frames, wide, narrow = blobs(dim=12), blobs(count=9, dim=12, seed=1), blobs(count=9, dim=4, seed=2)
+    ensemble = kmeans.Codebook(wide, (2, 7)).labels(frames)
+    assert ensemble.dtype == np.uint16
+    assert np.array_equal(ensemble[:, 0], kmeans.assign(frames, wide[:2])[0])
+    assert np.array_equal(ensemble[:, 1], kmeans.assign(frames, wide[2:])[0])
+    product = kmeans.Codebook(narrow, (3, 2, 4)).labels(frames)
+    for stream, (rows, dims) in enumerate([((0, 3), (0, 4)), ((3, 5), (4, 8)), ((5, 9), (8, 12))]):
+        assert np.array_equal(product[:, stream], kmeans.assign(frames[:, slice(*dims)], narrow[slice(*rows)])[0])
+    assert np.array_equal(kmeans.Codebook(wide, (9,)).labels(frames)[:, 0], kmeans.assign(frames, wide)[0])
+    with pytest.raises(RecipeError, match="13 features cannot be shared out evenly among 3 streams"):
+        kmeans.part_of(13, 0, 3)
+
+
+def test_assignment_by_torch_is_that_by_faiss():
+    frames, centroids = (
+        blobs(count=70_000, dim=39),
+        blobs(count=50, dim=39, seed=1),
+    )  # more rows than are taken at a time
+    ours, theirs = kmeans.assign_by_torch(frames, centroids, torch.device("cpu")), kmeans.assign(frames, centroids)
+    assert (ours[0] != theirs[0]).mean() < 1e-4
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-3, atol=1e-2)
+    assert (ours[0].dtype, ours[1].dtype) == (theirs[0].dtype, theirs[1].dtype)
+    assert [len(part) for part in kmeans.assign_by_torch(frames[:0], centroids, torch.device("cpu"))] == [0, 0]
 
 
 def slow_quality(pairs):

@@ -69,7 +69,7 @@ def test_labels_are_joined_by_id_whatever_the_order_of_rows(storage, rate, order
     store = LabelStore(storage, "labels", manifest_of(selection), rate)
     for row, name in enumerate(selection):
         assert store.window(row, slice(None)).dtype == np.uint16
-        assert store.window(row, slice(None)).tolist() == labels_of(name, rate).tolist()
+        assert store.window(row, slice(None))[:, 0].tolist() == labels_of(name, rate).tolist()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,48 @@ def test_labels_of_chunked_and_sliced_tables(storage, rate, monkeypatch):
     monkeypatch.setattr(schemas, "decode", in_pieces)
     store = LabelStore(storage, "labels", manifest_of("abcde"), rate)
     for row, name in enumerate("abcde"):
-        assert store.window(row, slice(None)).tolist() == labels_of(name, rate).tolist()
+        assert store.window(row, slice(None))[:, 0].tolist() == labels_of(name, rate).tolist()
+
+
+def two_streams(name: str, rate: int) -> np.ndarray:
+    """(F, 2): the label of `labels_of`, and beside it 7 more."""
+    return labels_of(name, rate)[:, None] + np.array([0, 7], dtype=np.uint16)
+
+
+def write_two_streams(storage: Storage, rate: int) -> None:
+    parts = parts_of("edcba", rate)
+    write(storage, rate, {s: [(n, two_streams(n, rate).ravel()) for n, _ in rows] for s, rows in parts.items()})
+
+
+@RATES
+def test_streams_lie_side_by_side(storage, rate):
+    write_two_streams(storage, rate)
+    store = LabelStore(storage, "labels", manifest_of("dbeca"), rate, streams=2)
+    for row, name in enumerate("dbeca"):
+        assert np.array_equal(store.window(row, slice(None)), two_streams(name, rate))
+        frames = frames_of(SAMPLES[name]) // 2
+        window = crop_labels(320 * frames, 1, rate)
+        assert np.array_equal(store.window(row, window), two_streams(name, rate)[window])
+
+
+def test_labels_of_another_number_of_streams_are_refused(storage):
+    write_two_streams(storage, 50)
+    with pytest.raises(LabelError, match=r"has \d+ labels; its audio has \d+ frames at 50 Hz. Run"):
+        LabelStore(storage, "labels", manifest_of("abcde"), 50)
+    with pytest.raises(LabelError, match="frames at 50 Hz and 3 label streams. Run"):
+        LabelStore(storage, "labels", manifest_of("abcde"), 50, streams=3)
+
+
+@pytest.mark.parametrize("at_once", [7, 2**22])
+def test_each_stream_has_its_histogram(storage, monkeypatch, at_once):
+    monkeypatch.setattr(labels_module, "_LABELS_AT_ONCE", at_once)
+    write_two_streams(storage, 50)
+    store = LabelStore(storage, "labels", manifest_of("abcde"), 50, streams=2)
+    chosen = np.array([False, True, True, False, True])
+    expected = [np.bincount(np.concatenate([two_streams(n, 50)[:, s] for n in "bce"]), minlength=9000) for s in (0, 1)]
+    found = store.histograms(chosen, (9000, 10))
+    assert found[0].tolist() == expected[0].tolist()
+    assert found[1].tolist() == expected[1][: expected[1].nonzero()[0].max() + 1].tolist()
 
 
 # --- crops ------------------------------------------------------------------------------------------------------------
@@ -171,7 +212,7 @@ def test_a_crops_labels_are_those_of_its_frames(storage, rate):
         total = frames_of(SAMPLES[name])
         for first in {0, 1, total // 2, total - 1} & set(range(total)):
             frames = total - first
-            got = store.window(row, crop_labels(320 * first, frames, rate)).astype(int) - BASES[name]
+            got = store.window(row, crop_labels(320 * first, frames, rate))[:, 0].astype(int) - BASES[name]
             assert got.tolist() == [per_frame * (first + t) for t in range(frames)]
 
 
@@ -203,13 +244,13 @@ def test_waveform_and_labels_are_cut_together(storage, rate):
     crops = reader.crops(MicroBatch(step=0, index=0, rows=rows, starts=starts, frames=15), store)
     assert crops.wave_BS.shape == (5, samples_of(15))
     assert crops.wave_BS.dtype.is_floating_point
-    assert crops.labels_BT.shape == (5, 15)
+    assert crops.labels_BTK.shape == (5, 15, 1)
     ids = manifest.table["utterance_id"].to_pylist()
     for k, (row, start) in enumerate(zip(rows, starts, strict=True)):
         positions = np.round(crops.wave_BS[k].numpy() / RAMP).astype(int)
         assert positions.tolist() == list(range(start, start + samples_of(15)))
         frame_starts = positions[::320][:15]  # the first sample of each frame, as the waveform itself tells it
-        label_starts = (crops.labels_BT[k].numpy() - BASES[ids[row]]) * (16_000 // rate)
+        label_starts = (crops.labels_BTK[k, :, 0].numpy() - BASES[ids[row]]) * (16_000 // rate)
         assert label_starts.tolist() == frame_starts.tolist()
 
 
@@ -244,6 +285,6 @@ def test_a_histogram_counts_the_chosen_utterances(storage, monkeypatch, at_once)
     store = LabelStore(storage, "labels", manifest_of("abcde"), 50)
     chosen = np.array([True, True, False, False, True])
     expected = np.bincount(np.concatenate([labels_of(name, 50) for name in "abe"]), minlength=9000)
-    assert store.histogram(chosen, 9000).tolist() == expected.tolist()
-    assert len(store.histogram(chosen, 10)) == expected.nonzero()[0].max() + 1  # labels beyond the clusters show
-    assert store.histogram(np.zeros(5, dtype=bool), 10).tolist() == [0] * 10
+    assert store.histograms(chosen, (9000,))[0].tolist() == expected.tolist()
+    assert len(store.histograms(chosen, (10,))[0]) == expected.nonzero()[0].max() + 1  # labels beyond the clusters show
+    assert store.histograms(np.zeros(5, dtype=bool), (10,))[0].tolist() == [0] * 10

@@ -62,6 +62,31 @@ def test_equals_fairseqs_form(classes):
     assert parts.total.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_loss_of_two_streams_is_the_sum_of_theirs():
+    """Heads of one stream each with the same weights: the same nats, the same correct frames, the same gradient."""
+    model, output, labels_BTK, mask_BT = setting((5, 11))
+    both = pretrain_loss(model, output, labels_BTK, mask_BT, SETTINGS)
+    (together,) = torch.autograd.grad(both.total, output.hidden_BTD)
+    nats, correct, apart = 0.0, 0, torch.zeros_like(together)
+    for stream, classes in enumerate((5, 11)):
+        alone = Hubert(MINI, (classes,))
+        rows = slice(16 * stream, 16 * stream + 16)
+        alone.head.load_state_dict(
+            {
+                "projection.weight": model.head.projection.weight[rows],
+                "projection.bias": model.head.projection.bias[rows],
+                "codewords": model.head.codewords.split((5, 11))[stream],
+            }
+        )
+        part = pretrain_loss(alone, output, labels_BTK[..., stream], mask_BT, SETTINGS)
+        nats, correct = nats + part.masked_nats.item(), correct + part.masked_correct
+        apart += torch.autograd.grad(part.total, output.hidden_BTD)[0]
+    assert both.masked_nats.item() == pytest.approx(nats, rel=1e-6)
+    assert both.masked_correct == correct
+    assert both.masked_total == 2 * mask_BT.sum()
+    torch.testing.assert_close(together, apart)
+
+
 def test_the_default_learns_from_masked_frames_only():
     model, output, labels_BTK, mask_BT = setting()
     parts = pretrain_loss(model, output, labels_BTK[..., 0], mask_BT, SETTINGS)

@@ -291,6 +291,26 @@ def test_without_phones_there_is_no_quality() -> None:
     assert "bits below unigram entropy" in page.text
 
 
+def test_streams_are_shown_side_by_side() -> None:
+    report = full_report()
+    first = report["iterations"][0]
+    share = [[1.0] * len(PHONES)] * 3
+    first["streams"] = [
+        {"clusters": clusters, "codebook": dict(first["codebook"], empty_clusters=5), "quality": first["quality"] | {"pnmi": pnmi},
+         "unit_by_phone": {"phones": PHONES, "units": [0, 1, 2], "share": share}, "unigram_entropy_bits": 6.18, "majority_share": 0.043}
+        for clusters, pnmi in ((50, 0.377), (100, 0.399))
+    ]  # fmt: skip
+    first |= {"clusters": [50, 100]}
+    del first["codebook"], first["unit_by_phone"]
+    page = Page(render(report))
+    for expected in ("50 + 100 units", "2 label streams", "0.377", "0.399", "Which phone a unit stands for, stream 2"):
+        assert expected in page.text, expected
+    assert page.count("cell") == 2 * 3 * len(PHONES) + 100 * 3
+    plain = Page(render(full_report()))
+    assert page.count("hit") == plain.count("hit") + 20, "the inertia of one more stream"
+    assert "label streams" not in plain.text
+
+
 def test_without_scratch_only_pretrained_is_compared() -> None:
     report = full_report()
     report["wer"] = {"greedy": {"pretrained": 0.178, "scratch": None}, "lm": {"pretrained": 0.094, "scratch": None}}
