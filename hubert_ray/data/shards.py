@@ -2,7 +2,8 @@
 
 A corpus is a folder of uncompressed tar shards in WebDataset's form (`<key>.flac`, `<key>.txt`) holding the original
 compressed audio, and a manifest with one row per utterance. Because a tar member is a plain byte range, any utterance is
-one ranged read away; nothing is ever unpacked.
+one ranged read away; nothing is ever unpacked. Tars that were WebDataset shards before stay where they are: the manifest's
+ranges point into them, and `locations.json` says where they lie, which may change without the corpus being another.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import io
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hubert_ray.config.recipe import Checks
 from hubert_ray.data import audio
 from hubert_ray.errors import AudioError, CorpusError
 from hubert_ray.storage import layout, schemas
@@ -35,6 +39,7 @@ class RawUtterance:
     audio: bytes
     text: str | None = None
     phones: list[tuple[int, int, str]] | None = None
+    offset: int | None = None  # of the audio in a tar that stays where it is, bytes
 
 
 @dataclass(frozen=True)
@@ -54,39 +59,82 @@ class ShardTables:
     quarantine: pa.Table
 
 
+class Locations(msgspec.Struct, frozen=True):
+    """Where the tars are of a corpus that was indexed in place."""
+
+    root: str  # folder or URL; to be changed by hand when the tars have moved
+    tars: dict[str, str]  # shard -> its tar below `root`
+
+
 def write_shard(
-    storage: Storage, corpus_path: str, shard: str, utterances: Iterable[RawUtterance | Rejected]
+    storage: Storage,
+    corpus_path: str,
+    shard: str,
+    utterances: Iterable[RawUtterance | Rejected],
+    checks: Checks = Checks(),  # noqa: B008  # frozen
 ) -> ShardTables:
     """Writes one tar and returns its manifest rows and its quarantine rows. The tar's bytes depend on its input only."""
-    rows: list[dict] = []
-    rejected: list[Rejected] = []
-    seen: set[str] = set()
     with storage.create(f"{corpus_path}/{layout.audio_shard(shard)}") as stream:
         with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as tar:
-            for utterance in utterances:
-                if isinstance(utterance, Rejected):
-                    rejected.append(utterance)
-                    continue
-                name = utterance.utterance_id
-                try:
-                    if name in seen:
-                        raise AudioError("duplicate_id", f"'{name}' occurs twice in shard {shard}")
-                    samples, rate = audio.examine(utterance.audio)
-                except AudioError as error:
-                    rejected.append(Rejected(name, error.reason, error.detail))
-                    continue
-                seen.add(name)
-                offset = _add(tar, f"{name}.{utterance.suffix}", utterance.audio)
-                if utterance.text is not None:
-                    _add(tar, f"{name}.txt", utterance.text.encode())
-                rows.append(_row(utterance, shard, offset, samples, rate))
+            return _tables(shard, utterances, checks, partial(_add_utterance, tar))
+
+
+def index_shard(shard: str, utterances: Iterable[RawUtterance | Rejected], checks: Checks) -> ShardTables:
+    """The same tables for a tar that is there already; its utterances say at which byte they lie."""
+    return _tables(shard, utterances, checks, lambda utterance: utterance.offset)
+
+
+def _tables(
+    shard: str,
+    utterances: Iterable[RawUtterance | Rejected],
+    checks: Checks,
+    place: Callable[[RawUtterance], int | None],
+) -> ShardTables:
+    """Examines utterances one by one; those that may enter are put in their `place`, which gives their offset."""
+    rows: list[dict] = []
+    rejected: list[Rejected] = []
+    ids: set[str] = set()
+    contents: dict[bytes, str] = {}
+    for utterance in utterances:
+        if isinstance(utterance, Rejected):
+            rejected.append(utterance)
+            continue
+        name = utterance.utterance_id
+        try:
+            _check_name(name)
+            if name in ids:
+                raise AudioError("duplicate_id", f"'{name}' occurs twice in shard {shard}")
+            if checks.require_text and utterance.text is None:
+                raise AudioError("no_text", "there is no transcript, and corpus.checks.require_text asks for one")
+            recording = audio.examine(utterance.audio, checks)
+            if checks.reject_duplicates and recording.digest in contents:
+                raise AudioError("duplicate_content", f"the samples of '{contents[recording.digest]}' in shard {shard}")
+        except AudioError as error:
+            rejected.append(Rejected(name if is_text(name) else repr(name), error.reason, error.detail))
+            continue
+        ids.add(name)
+        contents[recording.digest] = name
+        rows.append(_row(utterance, shard, place(utterance), recording))
     return ShardTables(
         pa.Table.from_pylist(rows, schema=schemas.MANIFEST),
         pa.Table.from_pylist([asdict(row) for row in rejected], schema=schemas.QUARANTINE),
     )
 
 
-def _row(utterance: RawUtterance, shard: str, offset: int, samples: int, rate: int) -> dict:
+def is_text(name: str) -> bool:
+    """False for what was not UTF-8 when it was read: no table could hold it."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _check_name(name: str) -> None:
+    """An id names a member of a tar that someone may unpack one day."""
+    if not is_text(name):
+        raise AudioError("bad_name", f"{name!r} is not UTF-8")
+    if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
+        raise AudioError("bad_name", f"{name!r} cannot be an id: it would be no plain path below a folder")
+
+
+def _row(utterance: RawUtterance, shard: str, offset: int | None, recording: audio.Recording) -> dict:
     phones = utterance.phones
     return {
         "utterance_id": utterance.utterance_id,
@@ -95,11 +143,19 @@ def _row(utterance: RawUtterance, shard: str, offset: int, samples: int, rate: i
         "shard": shard,
         "offset": offset,
         "size": len(utterance.audio),
-        "samples": samples,
-        "sample_rate_hz": rate,
+        "samples": recording.samples,
+        "sample_rate_hz": recording.rate,
         "text": utterance.text,
         "phones": None if phones is None else [{"start": s, "end": e, "phone": p} for s, e, p in phones],
+        "digest": recording.digest,
     }
+
+
+def _add_utterance(tar: tarfile.TarFile, utterance: RawUtterance) -> int:
+    offset = _add(tar, f"{utterance.utterance_id}.{utterance.suffix}", utterance.audio)
+    if utterance.text is not None:
+        _add(tar, f"{utterance.utterance_id}.txt", utterance.text.encode())
+    return offset
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -158,18 +214,13 @@ class AudioReader:
         self._corpus_path = corpus_path
         self._keep_open = keep_open
         self._files: OrderedDict[str, pa.NativeFile] = OrderedDict()
+        self._tars: tuple[Storage, dict[str, str]] | None = None  # elsewhere: their root, and a path for each shard
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Raises CorpusError where the shard is missing or shorter than its manifest says."""
         file = self._files.pop(shard, None)
         if file is None:
-            path = f"{self._corpus_path}/{layout.audio_shard(shard)}"
-            try:
-                file = self._storage.open(path)
-            except FileNotFoundError as error:
-                raise CorpusError(
-                    f"'{path}' is missing from {self._storage.url}: remove the corpus and run prepare_data again"
-                ) from error
+            file = self._open(shard)
         self._files[shard] = file
         if len(self._files) > self._keep_open:
             self._files.popitem(last=False)[1].close()
@@ -180,6 +231,26 @@ class AudioReader:
                 "The shard was cut short or replaced: remove the corpus and run prepare_data again."
             )
         return data
+
+    def _open(self, shard: str) -> pa.NativeFile:
+        storage, tars = self._tars = self._tars or self._locations()
+        path = tars.get(shard, f"{self._corpus_path}/{layout.audio_shard(shard)}")
+        way_out = "remove the corpus and run prepare_data again"
+        if tars:
+            way_out = (
+                f'if the tars have moved, write where they are as "root" into {self._corpus_path}/{layout.LOCATIONS}'
+            )
+        try:
+            return storage.open(path)
+        except FileNotFoundError as error:
+            raise CorpusError(f"'{path}' is missing from {storage.url}: {way_out}") from error
+
+    def _locations(self) -> tuple[Storage, dict[str, str]]:
+        file = f"{self._corpus_path}/{layout.LOCATIONS}"
+        if not self._storage.exists(file):
+            return self._storage, {}
+        locations = msgspec.json.decode(self._storage.read(file), type=Locations)
+        return Storage(locations.root), locations.tars
 
     def wave(self, shard: str, offset: int, size: int) -> np.ndarray:
         """The decoded 16 kHz waveform, shape (S,)."""

@@ -1,25 +1,32 @@
 """raw speech -> tar shards of the original compressed audio and a manifest.
 
-Shards are planned from names and sizes alone, then written side by side on Ray Data. Every recording is decoded once to
-see that it can be; what cannot be used is a row of quarantine.parquet with its reason.
+Shards are planned from names and sizes alone, then written side by side on Ray Data; tars that are shards already are only
+indexed. Every recording is decoded once to see that it can be; what cannot be used is a row of quarantine.parquet with its
+reason. What occurs in two shards is found when all are there: the later row leaves its part, test and dev counting as earlier
+than train.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hubert_ray.asr.transcripts import spellable
-from hubert_ray.config.recipe import Corpus
-from hubert_ray.data.corpora import SPLITS, Group, open_source, plan_shards
-from hubert_ray.data.shards import Manifest, write_shard
+from hubert_ray.config.recipe import Corpus, EmbeddedCorpus
+from hubert_ray.data.corpora import open_source, plan_shards
+from hubert_ray.data.corpora.source import SPLITS, Group
+from hubert_ray.data.corpora.tars import WebDatasetSource
+from hubert_ray.data.repeats import KEY_BYTES, RepeatFinder
+from hubert_ray.data.shards import Locations, Manifest, index_shard, write_shard
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import CorpusError
 from hubert_ray.stages.context import Work
@@ -39,32 +46,60 @@ class _ShardWriter:
     def __call__(self, shard: str) -> dict[str, Any]:
         source = open_source(self.corpus)
         utterances = (utterance for group in self.plan[shard] for utterance in source.read(group))
-        tables = write_shard(self.storage, self.path, shard, utterances)
+        checks = self.corpus.checks
+        if source.shard_bytes:
+            tables = write_shard(self.storage, self.path, shard, utterances, checks)
+        else:
+            tables = index_shard(shard, utterances, checks)
         self.storage.write(f"{self.path}/{layout.part(shard)}", schemas.encode(tables.manifest))
         self.storage.write(f"{self.path}/{_quarantine_part(shard)}", schemas.encode(tables.quarantine))
         return {"utterances": tables.manifest.num_rows}
 
 
+REPEATS = "repeats.parquet"
+_REPEATS_SCHEMA = pa.schema([("shard", pa.string()), *schemas.QUARANTINE])
+_RANK = {"test": 0, "dev": 1, "train": 2}  # of two recordings alike in different shards, the one of lower rank stays
+
+
 def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
     """Writes the corpus artifact. Raises CorpusError where the source is unusable as a whole."""
     storage, path = work.storage, work.output.path
-    plan = plan_shards(open_source(corpus).groups(), corpus.shard_mib * 2**20)
+    source = open_source(corpus)
+    plan = plan_shards(source.groups(), source.shard_bytes)
     _check_unchanged(work, plan)
+    if isinstance(source, WebDatasetSource):
+        work.output.write_json(
+            layout.LOCATIONS, Locations(source.storage.address, {shard: group.name for shard, (group,) in plan.items()})
+        )
     missing = [shard for shard in plan if not storage.exists(f"{path}/{_quarantine_part(shard)}")]
     for row in shard_map(partial(_ShardWriter, storage, path, corpus, plan), missing, work.cluster):
         print(f"prepare_data  {row['shard']}  {row['utterances']} utterances", flush=True)
+    _set_repeats_aside(storage, path, list(plan), corpus.checks.reject_duplicates)
     manifest, content = _merge(storage, path, [layout.part(s) for s in plan], layout.MANIFEST, schemas.MANIFEST)
-    quarantine, _ = _merge(storage, path, [_quarantine_part(s) for s in plan], layout.QUARANTINE, schemas.QUARANTINE)
+    set_aside = [*map(_quarantine_part, plan), REPEATS]
+    quarantine, _ = _merge(storage, path, set_aside, layout.QUARANTINE, schemas.QUARANTINE)
     if not manifest:
         raise CorpusError(f"no usable utterance: all {quarantine} recordings are in {path}/{layout.QUARANTINE}")
+    whole = Manifest.read(storage, path, ["split", "text", "speaker"])
+    _say_who_is_missing(corpus, set(pc.unique(whole.table["speaker"]).to_pylist()))
     return {
         "utterances": manifest,
         "quarantined": quarantine,
         "shards": len(plan),
-        "transcribed": _transcribed(Manifest.read(storage, path, ["split", "text"])),
+        "transcribed": _transcribed(whole),
         "source": getattr(corpus, "path", None),
         "content": content,
     }
+
+
+def _say_who_is_missing(corpus: Corpus, speakers: set[str]) -> None:
+    """Not every source can tell before it has been read that a speaker to be moved is not in it."""
+    moved = () if isinstance(corpus, EmbeddedCorpus) else corpus.dev_speakers + corpus.test_speakers
+    absent = sorted(set(moved) - speakers)
+    if absent:
+        print(
+            f"warning: corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, who have no usable utterance"
+        )
 
 
 def _transcribed(manifest: Manifest) -> dict[str, int]:
@@ -88,25 +123,80 @@ def _check_unchanged(work: Work, plan: dict[str, list[Group]]) -> None:
     work.storage.write(file, listed.encode())
 
 
+def _set_repeats_aside(storage: Storage, path: str, shards: list[str], contents: bool) -> None:
+    """Takes out of the parts what an earlier shard has, and says so in a table. Done again, it does what is left of it."""
+    file = f"{path}/{REPEATS}"
+    if not storage.exists(file):
+        with storage.create(file) as stream, pq.ParquetWriter(stream, _REPEATS_SCHEMA, compression="zstd") as writer:
+            for table in _repeats(storage, path, shards, contents):
+                writer.write_table(table)
+    for group in _row_groups(storage, file):
+        part = f"{path}/{layout.part(group['shard'][0].as_py())}"
+        rows = schemas.decode(storage.read(part))
+        kept = rows.filter(pc.invert(pc.is_in(rows["utterance_id"], group["source"].combine_chunks())))
+        if kept.num_rows < rows.num_rows:
+            storage.write(part, schemas.encode(kept))
+
+
+def _row_groups(storage: Storage, file: str) -> Iterator[pa.Table]:
+    with storage.open(file) as stream:
+        table = pq.ParquetFile(stream)
+        for number in range(table.num_row_groups):
+            yield table.read_row_group(number)
+
+
+def _repeats(storage: Storage, path: str, shards: list[str], contents: bool) -> Iterator[pa.Table]:
+    """What is to leave each shard. Ids first: what goes for its id is no earlier copy of anything."""
+
+    @lru_cache(maxsize=16)
+    def ids_of(number: int) -> pa.ChunkedArray:
+        return schemas.decode(storage.read(f"{path}/{layout.part(shards[number])}"), ["utterance_id"])["utterance_id"]
+
+    with RepeatFinder() as ids, RepeatFinder() as samples:
+        for number, shard in enumerate(shards):
+            part = schemas.decode(storage.read(f"{path}/{layout.part(shard)}"), ["utterance_id", "split", "digest"])
+            rank_N = np.array([_RANK[split] for split in part["split"].to_pylist()], dtype=np.uint64)
+            place_N = rank_N << 60 | np.uint64(number << 32) | np.arange(len(rank_N), dtype=np.uint64)
+            names = (name.encode() for name in part["utterance_id"].to_pylist())
+            ids.add(b"".join(hashlib.blake2b(name, digest_size=KEY_BYTES).digest() for name in names), place_N)
+            if contents:
+                samples.add(b"".join(part["digest"].to_pylist()), place_N)
+        by_id = ids.repeats(np.empty(0, np.uint64))
+        by_samples = samples.repeats(by_id[0])
+    later_R, first_R = (np.concatenate(pair) for pair in zip(by_id, by_samples, strict=True))
+    shard_R = _shard_of(later_R)
+    order_R = np.argsort(shard_R, kind="stable")
+    for rows_R in np.split(order_R, np.flatnonzero(np.diff(shard_R[order_R])) + 1) if len(order_R) else ():
+        number = int(shard_R[rows_R[0]])
+        rows = []
+        for row, later, first in zip(rows_R, later_R[rows_R], first_R[rows_R], strict=True):
+            reason, what = ("duplicate_id", "the id") if row < len(by_id[0]) else ("duplicate_content", "the samples")
+            earlier = int(_shard_of(first))
+            name = ids_of(earlier)[int(first) & 2**32 - 1].as_py()
+            rows.append(
+                {
+                    "shard": shards[number],
+                    "source": ids_of(number)[int(later) & 2**32 - 1].as_py(),
+                    "reason": reason,
+                    "detail": f"{what} of '{name}' in shard {shards[earlier]}",
+                }
+            )
+        yield pa.Table.from_pylist(rows, schema=_REPEATS_SCHEMA)
+
+
+def _shard_of(place: np.ndarray) -> np.ndarray:
+    """The number of the shard in places, which are made of rank, shard and row: 4, 28 and 32 bits."""
+    return (place >> np.uint64(32)) & np.uint64(2**28 - 1)
+
+
 def _merge(storage: Storage, path: str, parts: list[str], name: str, schema: pa.Schema) -> tuple[int, str]:
     """Concatenates parts to one table, a row group each; memory holds one part. Returns rows and a digest of the parts."""
     rows, digest = 0, hashlib.sha256()
-    seen: set[int] = set()
     with storage.create(f"{path}/{name}") as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
         for part in parts:
             data = storage.read(f"{path}/{part}")
             digest.update(data)
-            table = schemas.decode(data)
+            table = schemas.decode(data, schema.names)
             writer.write_table(table)
             rows += table.num_rows
-            if "utterance_id" in schema.names:
-                _refuse_repeated_ids(table["utterance_id"], seen, part)
     return rows, digest.hexdigest()[:16]
-
-
-def _refuse_repeated_ids(ids, seen: set[int], part: str) -> None:
-    """Ids are the key of every join. Kept as 64-bit hashes: 8 bytes of information per utterance, not the strings."""
-    for name in pc.unique(ids).to_pylist():
-        if hash(name) in seen:
-            raise CorpusError(f"utterance id '{name}' in {part} occurs in an earlier shard too; ids must be unique")
-        seen.add(hash(name))

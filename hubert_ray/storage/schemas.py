@@ -29,13 +29,14 @@ MANIFEST = pa.schema(
         ("sample_rate_hz", pa.int32()),  # of the stored audio
         ("text", pa.string()),  # transcript as the corpus has it; null where there is none
         ("phones", pa.list_(PHONE)),  # phone times; null where there is no alignment
+        ("digest", pa.binary(16)),  # of the decoded samples, before resampling
     ]
 )
 
 QUARANTINE = pa.schema(
     [
         ("source", pa.string()),  # file or member name, as far as it could be read
-        ("reason", pa.string()),  # one word; the vocabulary is data/audio.py and data/corpora.py
+        ("reason", pa.string()),  # one word; the vocabulary is data/audio.py, data/shards.py and data/corpora/
         ("detail", pa.string()),
     ]
 )

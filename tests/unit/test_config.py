@@ -71,7 +71,7 @@ def test_overrides_reach_nested_settings_by_name():
         ("finetune.sweep.trials=0", "expected int >= 1"),
         ("finetune=false", "decode off too"),
         ("corpus.train_speakers=-3", "expected int >= 1"),
-        ("corpus.kind=librspeech", "there are embedded, librispeech, folder; did you mean 'librispeech'"),
+        ("corpus.kind=librspeech", "there are embedded, librispeech, .*webdataset; did you mean 'librispeech'"),
         ("iterations.iter2.teacher.kind=mffc", "did you mean 'mfcc'"),
     ],
 )
