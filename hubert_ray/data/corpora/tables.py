@@ -210,9 +210,9 @@ class ParquetSource(Placed):
             except pa.ArrowInvalid:  # no Parquet; read() says so in the quarantine table
                 return [Group(f"{path}#00000", split, size)]
             self._check(table, path)
+            rows = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
             return [
-                Group(f"{path}#{number:05d}", split, table.metadata.row_group(number).total_byte_size)
-                for number in range(table.num_row_groups)
+                Group(f"{path}#{number:05d}", split, some.total_byte_size) for number, some in enumerate(rows) if some.num_rows
             ]
 
     def _check(self, table: pq.ParquetFile, path: str) -> None:
@@ -286,7 +286,7 @@ def _check_columns(corpus: AudioTable | Parquet, needed: list[str], there: list[
         for field in msgspec.structs.fields(corpus)
         if field.name.endswith("_column") and getattr(corpus, field.name) != field.default
     ]
-    absent = [name for name in [*needed, *given] if name not in there]
+    absent = [name for name in dict.fromkeys([*needed, *given]) if name not in there]
     if absent:
         raise CorpusError(
             f"'{file}' has no column {', '.join(absent)}; it has {', '.join(there)}. Name them with corpus.…_column"
