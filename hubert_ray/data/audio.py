@@ -33,7 +33,9 @@ class Recording:
 
     samples: int  # at 16 kHz
     rate: int  # of the stored audio, Hz
-    digest: bytes  # 16 bytes of the SHA-256 of the decoded samples: the same for WAV and FLAC, whatever the tags in the file
+    digest: (
+        bytes  # 16 bytes, of the samples rounded to 16 bits: the same for WAV and FLAC, whatever the tags in the file
+    )
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -57,7 +59,7 @@ def examine(data: bytes, checks: Checks) -> Recording:
     if len(wave_S) < checks.min_seconds * SAMPLE_RATE:
         raise AudioError("too_short", f"{len(wave_S) / SAMPLE_RATE:g} s, at least {checks.min_seconds:g} s")
     _check_signal(wave_SC, checks)
-    return Recording(len(wave_S), rate, hashlib.sha256(rate.to_bytes(8, "little") + wave_SC.tobytes()).digest()[:16])
+    return Recording(len(wave_S), rate, _digest(wave_SC, rate))
 
 
 def _stored(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
@@ -78,19 +80,25 @@ def _stored(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
         raise AudioError("undecodable", getattr(error, "error_string", str(error))) from error
     if len(wave_SC) < declared:
         raise AudioError("undecodable", f"ends after {len(wave_SC)} of {declared} samples")
-    unfit = wave_SC.size - np.count_nonzero(np.isfinite(wave_SC))
-    if unfit:
-        raise AudioError("not_finite", f"{unfit} samples are NaN or infinite")
+    finite_SC = np.isfinite(wave_SC)
+    if not finite_SC.all():
+        raise AudioError("not_finite", f"{np.count_nonzero(~finite_SC)} samples are NaN or infinite")
     return wave_SC, rate
 
 
 def _check_end(data: bytes, file: soundfile.SoundFile) -> None:
     """Finds files that were cut short in the two formats which libsndfile then reads as shorter ones without a word."""
-    declared = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)  # its log of a WAV's chunks
+    declared = re.search(
+        r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE
+    )  # its log of a WAV's chunks
     if declared and int(declared[2]) < int(declared[1]) < UNKNOWN_BYTES:
-        raise AudioError("undecodable", f"has {declared[2]} of the {declared[1]} bytes of samples that the header promises")
+        raise AudioError(
+            "undecodable", f"has {declared[2]} of the {declared[1]} bytes of samples that the header promises"
+        )
     if file.format == "OGG":
-        page = data.rfind(b"OggS")  # RFC 3533: flags at byte 5, of which 4 marks the stream's end; lengths from byte 27 on
+        page = data.rfind(
+            b"OggS"
+        )  # RFC 3533: flags at byte 5, of which 4 marks the stream's end; lengths from byte 27 on
         segments = data[page + 27 : page + 27 + data[page + 26]]
         if not data[page + 5] & 4 or page + 27 + data[page + 26] + sum(segments) > len(data):
             raise AudioError("undecodable", "the last page is not the stream's end")
@@ -100,7 +108,7 @@ def _check_end(data: bytes, file: soundfile.SoundFile) -> None:
 
 
 def _at_16_khz(wave_SC: np.ndarray, rate: int) -> np.ndarray:
-    wave_S = wave_SC[:, 0] if wave_SC.shape[1] == 1 else wave_SC.mean(axis=1)
+    wave_S = _mono(wave_SC)
     if rate != SAMPLE_RATE:
         wave_S = _resample(wave_S, rate)
     if len(wave_S) < RECEPTIVE_FIELD:
@@ -108,15 +116,24 @@ def _at_16_khz(wave_SC: np.ndarray, rate: int) -> np.ndarray:
     return np.ascontiguousarray(wave_S)
 
 
+def _mono(wave_SC: np.ndarray) -> np.ndarray:
+    return wave_SC[:, 0] if wave_SC.shape[1] == 1 else wave_SC.mean(axis=1)
+
+
+def _digest(wave_SC: np.ndarray, rate: int) -> bytes:
+    rounded_SC = np.clip(np.rint(wave_SC * np.float32(2**15)), -(2**15), 2**15 - 1).astype("<i2")
+    return hashlib.blake2b(rounded_SC, digest_size=16, key=rate.to_bytes(8, "little")).digest()
+
+
 def _check_signal(wave_SC: np.ndarray, checks: Checks) -> None:
     """Clipping of any channel; mean and power of the channels' average, which is what the model hears."""
-    clipped = float((np.abs(wave_SC) >= FULL_SCALE).mean())
+    clipped = (np.count_nonzero(wave_SC >= FULL_SCALE) + np.count_nonzero(wave_SC <= -FULL_SCALE)) / wave_SC.size
     if clipped > checks.max_clipped_share:
         raise AudioError(
             "clipped", f"{100 * clipped:.1f} % of the samples, at most {100 * checks.max_clipped_share:g} %"
         )
-    wave_S = wave_SC.mean(axis=1, dtype=np.float64)
-    mean, deviation = float(wave_S.mean()), float(wave_S.std())
+    wave_S = _mono(wave_SC)
+    mean, deviation = float(wave_S.mean(dtype=np.float64)), float(wave_S.std())
     level_db = 20 * math.log10(max(deviation, 1e-10))
     if level_db < checks.min_level_db:
         raise AudioError("silent", f"{level_db:.0f} dB around {mean:.3g}, at least {checks.min_level_db:g} dB")

@@ -77,7 +77,11 @@ def test_the_digest_is_that_of_the_samples():
         return audio.examine(data, Checks()).digest
 
     whole = (NOISE * 2**15).astype(np.int16)
-    same = {digest(encoded(whole)), digest(encoded(whole, kind="WAV")), digest(encoded(whole / 2**15, kind="WAV", subtype="FLOAT"))}
+    same = {
+        digest(encoded(whole)),
+        digest(encoded(whole, kind="WAV")),
+        digest(encoded(whole / 2**15, kind="WAV", subtype="FLOAT")),
+    }
     assert len(same) == 1
     assert len(same.pop()) == 16
     other = whole.copy()
@@ -168,8 +172,9 @@ def test_silence_is_power_around_the_mean(level_db, silent):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_dc_offset(sign):
-    assert reason_of(encoded(NOISE + sign * 0.11, kind="WAV", subtype="FLOAT")) == "dc_offset"
-    assert length_of(encoded(NOISE + sign * 0.09, kind="WAV", subtype="FLOAT"))
+    assert reason_of(encoded(NOISE + sign * 0.51, kind="WAV", subtype="FLOAT")) == "dc_offset"
+    assert length_of(encoded(NOISE + sign * 0.49, kind="WAV", subtype="FLOAT"))
+    assert reason_of(encoded(NOISE + sign * 0.11, kind="WAV", subtype="FLOAT"), max_dc_offset=0.1) == "dc_offset"
 
 
 @pytest.mark.parametrize("full", [1.0, -1.0, 1.5])

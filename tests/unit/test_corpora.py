@@ -265,6 +265,18 @@ def test_the_real_tree():
             assert item.phones[-1][1] <= recording.samples
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no LibriSpeech at {REAL}; name one with HUBERT_RAY_LIBRISPEECH")
+def test_the_checks_let_the_real_tree_in():
+    digests = set()
+    opened = source(REAL)
+    for group in opened.groups():
+        for item in opened.read(group):
+            assert isinstance(item, RawUtterance)
+            digests.add(audio.examine(item.audio, Checks()).digest)
+    assert len(digests) == 615
+
+
 # --- any folder -------------------------------------------------------------------------------------------------------
 
 

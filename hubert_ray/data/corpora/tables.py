@@ -212,7 +212,9 @@ class ParquetSource(Placed):
             self._check(table, path)
             rows = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
             return [
-                Group(f"{path}#{number:05d}", split, some.total_byte_size) for number, some in enumerate(rows) if some.num_rows
+                Group(f"{path}#{number:05d}", split, some.total_byte_size)
+                for number, some in enumerate(rows)
+                if some.num_rows
             ]
 
     def _check(self, table: pq.ParquetFile, path: str) -> None:
