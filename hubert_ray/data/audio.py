@@ -122,7 +122,7 @@ def _mono(wave_SC: np.ndarray) -> np.ndarray:
 
 def _digest(wave_SC: np.ndarray, rate: int) -> bytes:
     rounded_SC = np.clip(np.rint(wave_SC * np.float32(2**15)), -(2**15), 2**15 - 1).astype("<i2")
-    return hashlib.blake2b(rounded_SC, digest_size=16, key=rate.to_bytes(8, "little")).digest()
+    return hashlib.blake2b(rounded_SC.tobytes(), digest_size=16, key=rate.to_bytes(8, "little")).digest()
 
 
 def _check_signal(wave_SC: np.ndarray, checks: Checks) -> None:

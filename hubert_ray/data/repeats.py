@@ -33,9 +33,11 @@ class RepeatFinder:
         records_N = np.empty(len(places_N), _RECORD)
         halves_N2 = np.frombuffer(keys, ">u8").reshape(-1, 2)
         records_N["high"], records_N["low"], records_N["place"] = halves_N2[:, 0], halves_N2[:, 1], places_N
-        bucket_N = (halves_N2[:, 0] // 2**58).astype(np.int64)
-        for bucket in np.unique(bucket_N):
-            self._files[bucket].write(records_N[bucket_N == bucket].tobytes())
+        bucket_N = (halves_N2[:, 0] // (2**64 // BUCKETS)).astype(np.uint8)
+        order = np.argsort(bucket_N, kind="stable")
+        borders = np.searchsorted(bucket_N[order], np.arange(1, BUCKETS))
+        for file, some in zip(self._files, np.split(records_N[order], borders), strict=True):
+            file.write(some.tobytes())
 
     def repeats(self, but_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places whose key has an earlier place, and for each the earliest; rows at the places `but_N` count as absent."""
@@ -48,13 +50,17 @@ class RepeatFinder:
 def _repeats(file: IO[bytes], but_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     file.seek(0)
     records_N = np.frombuffer(file.read(), _RECORD)
+    records_N = records_N[_twins(records_N["high"].astype(np.uint64))]  # few, as a rule: only they are sorted in full
     records_N = records_N[~np.isin(records_N["place"], but_N)]
-    high_N, low_N, place_N = (
-        np.ascontiguousarray(records_N[name]).astype(np.uint64) for name in ("high", "low", "place")
-    )
-    order = np.lexsort((place_N, low_N, high_N))
-    high_N, low_N, place_N = high_N[order], low_N[order], place_N[order]
-    same_N = np.zeros(len(order), dtype=bool)
-    same_N[1:] = (high_N[1:] == high_N[:-1]) & (low_N[1:] == low_N[:-1])
-    first_N = np.maximum.accumulate(np.where(same_N, 0, np.arange(len(order))))
-    return place_N[same_N], place_N[first_N[same_N]]
+    records_N = records_N[np.lexsort([records_N[name] for name in ("place", "low", "high")])]
+    same_N = np.zeros(len(records_N), dtype=bool)
+    same_N[1:] = records_N[["high", "low"]][1:] == records_N[["high", "low"]][:-1]
+    first_N = np.maximum.accumulate(np.where(same_N, 0, np.arange(len(records_N))))
+    return records_N["place"][same_N], records_N["place"][first_N[same_N]]
+
+
+def _twins(values_N: np.ndarray) -> np.ndarray:
+    """Indices of the values that occur more than once."""
+    order = np.argsort(values_N)
+    equal = values_N[order][1:] == values_N[order][:-1]
+    return order[np.append(equal, False) | np.append(False, equal)] if len(order) else order
