@@ -2,20 +2,17 @@
 
 Shards are planned from names and sizes alone, then written side by side on Ray Data; tars that are shards already are only
 indexed. Every recording is decoded once to see that it can be; what cannot be used is a row of quarantine.parquet with its
-reason. What occurs in two shards is found when all are there: the later row leaves its part, test and dev counting as earlier
-than train.
+reason. What occurs in two shards is found when all are there (`data/repeats.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,7 +22,7 @@ from hubert_ray.config.recipe import Corpus, EmbeddedCorpus
 from hubert_ray.data.corpora import open_source, plan_shards
 from hubert_ray.data.corpora.source import SPLITS, Group
 from hubert_ray.data.corpora.tars import WebDatasetSource
-from hubert_ray.data.repeats import KEY_BYTES, RepeatFinder
+from hubert_ray.data.repeats import set_repeats_aside
 from hubert_ray.data.shards import Locations, Manifest, index_shard, write_shard
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import CorpusError
@@ -56,11 +53,6 @@ class _ShardWriter:
         return {"utterances": tables.manifest.num_rows}
 
 
-REPEATS = "repeats.parquet"
-_REPEATS_SCHEMA = pa.schema([("shard", pa.string()), *schemas.QUARANTINE])
-_RANK = {"test": 0, "dev": 1, "train": 2}  # of two recordings alike in different shards, the one of lower rank stays
-
-
 def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
     """Writes the corpus artifact. Raises CorpusError where the source is unusable as a whole."""
     storage, path = work.storage, work.output.path
@@ -74,9 +66,9 @@ def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
     missing = [shard for shard in plan if not storage.exists(f"{path}/{_quarantine_part(shard)}")]
     for row in shard_map(partial(_ShardWriter, storage, path, corpus, plan), missing, work.cluster):
         print(f"prepare_data  {row['shard']}  {row['utterances']} utterances", flush=True)
-    _set_repeats_aside(storage, path, list(plan), corpus.checks.reject_duplicates)
+    set_repeats_aside(storage, path, list(plan), corpus.checks.reject_duplicates)
     manifest, content = _merge(storage, path, [layout.part(s) for s in plan], layout.MANIFEST, schemas.MANIFEST)
-    set_aside = [*map(_quarantine_part, plan), REPEATS]
+    set_aside = [*map(_quarantine_part, plan), layout.REPEATS]
     quarantine, _ = _merge(storage, path, set_aside, layout.QUARANTINE, schemas.QUARANTINE)
     if not manifest:
         raise CorpusError(f"no usable utterance: all {quarantine} recordings are in {path}/{layout.QUARANTINE}")
@@ -121,72 +113,6 @@ def _check_unchanged(work: Work, plan: dict[str, list[Group]]) -> None:
             f"Begin again: hubert-ray remove {work.output.path} --storage '{work.storage.url}'"
         )
     work.storage.write(file, listed.encode())
-
-
-def _set_repeats_aside(storage: Storage, path: str, shards: list[str], contents: bool) -> None:
-    """Takes out of the parts what an earlier shard has, and says so in a table. Done again, it does what is left of it."""
-    file = f"{path}/{REPEATS}"
-    if not storage.exists(file):
-        with storage.create(file) as stream, pq.ParquetWriter(stream, _REPEATS_SCHEMA, compression="zstd") as writer:
-            for table in _repeats(storage, path, shards, contents):
-                writer.write_table(table)
-    for group in _row_groups(storage, file):
-        part = f"{path}/{layout.part(group['shard'][0].as_py())}"
-        rows = schemas.decode(storage.read(part))
-        kept = rows.filter(pc.invert(pc.is_in(rows["utterance_id"], group["source"].combine_chunks())))
-        if kept.num_rows < rows.num_rows:
-            storage.write(part, schemas.encode(kept))
-
-
-def _row_groups(storage: Storage, file: str) -> Iterator[pa.Table]:
-    with storage.open(file) as stream:
-        table = pq.ParquetFile(stream)
-        for number in range(table.num_row_groups):
-            yield table.read_row_group(number)
-
-
-def _repeats(storage: Storage, path: str, shards: list[str], contents: bool) -> Iterator[pa.Table]:
-    """What is to leave each shard. Ids first: what goes for its id is no earlier copy of anything."""
-
-    @lru_cache(maxsize=16)
-    def ids_of(number: int) -> pa.ChunkedArray:
-        return schemas.decode(storage.read(f"{path}/{layout.part(shards[number])}"), ["utterance_id"])["utterance_id"]
-
-    with RepeatFinder() as ids, RepeatFinder() as samples:
-        for number, shard in enumerate(shards):
-            part = schemas.decode(storage.read(f"{path}/{layout.part(shard)}"), ["utterance_id", "split", "digest"])
-            rank_N = np.array([_RANK[split] for split in part["split"].to_pylist()], dtype=np.uint64)
-            place_N = rank_N << 60 | np.uint64(number << 32) | np.arange(len(rank_N), dtype=np.uint64)
-            names = (name.encode() for name in part["utterance_id"].to_pylist())
-            ids.add(b"".join(hashlib.blake2b(name, digest_size=KEY_BYTES).digest() for name in names), place_N)
-            if contents:
-                samples.add(b"".join(part["digest"].to_pylist()), place_N)
-        by_id = ids.repeats(np.empty(0, np.uint64))
-        by_samples = samples.repeats(by_id[0])
-    later_R, first_R = (np.concatenate(pair) for pair in zip(by_id, by_samples, strict=True))
-    shard_R = _shard_of(later_R)
-    order_R = np.argsort(shard_R, kind="stable")
-    for rows_R in np.split(order_R, np.flatnonzero(np.diff(shard_R[order_R])) + 1) if len(order_R) else ():
-        number = int(shard_R[rows_R[0]])
-        rows = []
-        for row, later, first in zip(rows_R, later_R[rows_R], first_R[rows_R], strict=True):
-            reason, what = ("duplicate_id", "the id") if row < len(by_id[0]) else ("duplicate_content", "the samples")
-            earlier = int(_shard_of(first))
-            name = ids_of(earlier)[int(first) & 2**32 - 1].as_py()
-            rows.append(
-                {
-                    "shard": shards[number],
-                    "source": ids_of(number)[int(later) & 2**32 - 1].as_py(),
-                    "reason": reason,
-                    "detail": f"{what} of '{name}' in shard {shards[earlier]}",
-                }
-            )
-        yield pa.Table.from_pylist(rows, schema=_REPEATS_SCHEMA)
-
-
-def _shard_of(place: np.ndarray) -> np.ndarray:
-    """The number of the shard in places, which are made of rank, shard and row: 4, 28 and 32 bits."""
-    return (place >> np.uint64(32)) & np.uint64(2**28 - 1)
 
 
 def _merge(storage: Storage, path: str, parts: list[str], name: str, schema: pa.Schema) -> tuple[int, str]:

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -21,11 +20,9 @@ from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_recipe
 from hubert_ray.config.recipe import AudioFolder, AudioTable, Checks, Corpus, LibriSpeech, Parquet, WebDataset
 from hubert_ray.data.corpora import open_source, plan_shards
-from hubert_ray.data.corpora.tables import AudioTableSource
 from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance
 from hubert_ray.distributed.cluster import connected
 from hubert_ray.errors import CorpusError
-from hubert_ray.stages import prepare_data as stage
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.artifacts import Artifact
 from hubert_ray.storage.filesystem import Storage
@@ -196,47 +193,6 @@ def test_tars_are_indexed_in_place_and_may_move(ray_local, there, tmp_path):
     assert AudioReader(other, remote.path).read(row["shard"], row["offset"], row["size"]) == recording(0)
     learned = prepare(other, corpora(there)["tars"], "iter1/learn_kmeans")  # audio from the bucket, by range
     assert learned.require().facts["frames"] == sum((8000 + seed - 400) // 160 + 1 for seed in range(4))
-
-
-def test_what_occurs_in_two_shards_stays_in_one(tmp_path, monkeypatch):
-    """Test and dev keep theirs; what goes for its id is no earlier copy of its samples; done again, the same comes out."""
-    storage, rows = Storage(str(tmp_path / "out")), []
-
-    def say(split: str, name: str, seed: int) -> None:
-        Path(tmp_path, f"{len(rows)}.flac").write_bytes(recording(seed))
-        rows.append(f"{len(rows)}.flac,{name},{split},T")
-
-    for split, name, seed in [
-        ("train", "a", 1), ("train", "b", 2),  # the first shard: `a` is in test too, the samples of `b` in dev
-        ("train", "c", 3), ("test", "a", 4),
-        ("dev", "d", 2), ("train", "e", 1),  # the samples of the train `a`, which has gone
-        ("train", "e", 5), ("train", "f", 3),  # an id and samples of earlier shards
-    ]:  # fmt: skip
-        say(split, name, seed)
-    (tmp_path / "t.csv").write_text("\n".join(["path,id,split,text", *rows]) + "\n")
-    corpus = AudioTable(name="t", path=str(tmp_path / "t.csv"), shard_mib=1)
-    monkeypatch.setattr(AudioTableSource, "ROWS_A_GROUP", 2)
-    source = open_source(corpus)
-    plan = {f"train-{number:05d}": [group] for number, group in enumerate(source.groups())}
-    assert len(plan) == 4
-    path = "corpora/t"
-    for shard, (group,) in plan.items():
-        found = stage.write_shard(storage, path, shard, source.read(group), corpus.checks)
-        assert found.quarantine.num_rows == 0
-        storage.write(f"{path}/{layout.part(shard)}", schemas.encode(found.manifest))
-    for _ in range(2):
-        stage._set_repeats_aside(storage, path, list(plan), contents=True)
-        kept = [row for shard in plan for row in Manifest.read_shard(storage, path, shard).table.to_pylist()]
-        assert [(row["utterance_id"], row["split"]) for row in kept] == [
-            ("c", "train"), ("a", "test"), ("d", "dev"), ("e", "train"),
-        ]  # fmt: skip
-        aside = schemas.decode(storage.read(f"{path}/{stage.REPEATS}")).to_pylist()
-        assert [(row["shard"][-1], row["source"], row["reason"], row["detail"]) for row in aside] == [
-            ("0", "a", "duplicate_id", "the id of 'a' in shard train-00001"),
-            ("0", "b", "duplicate_content", "the samples of 'd' in shard train-00002"),
-            ("3", "e", "duplicate_id", "the id of 'e' in shard train-00002"),
-            ("3", "f", "duplicate_content", "the samples of 'c' in shard train-00001"),
-        ]
 
 
 def test_repeats_are_rows_of_the_quarantine_table(ray_local, here, tmp_path):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubert_ray.data.repeats import RepeatFinder
+from hubert_ray.data.repeats import RepeatFinder, set_repeats_aside
+from hubert_ray.data.shards import Manifest, RawUtterance, write_shard
+from hubert_ray.storage import layout, schemas
+from hubert_ray.storage.filesystem import Storage
 
 # Keys that differ in their first byte (other buckets), in the middle, and in the last.
 KEYS = [bytes([a, *[0] * 7, b, *[0] * 6, c]) for a in (0, 3, 4, 255) for b in (0, 128) for c in (0, 1)]
@@ -39,3 +46,80 @@ def test_repeats_are_those_of_a_dictionary(keys, random, excluded, size):
         later_R, first_R = finder.repeats(np.array(sorted(but), dtype=np.uint64))
     assert dict(zip(later_R.tolist(), first_R.tolist(), strict=True)) == oracle(rows, but)
     assert later_R.tolist() == sorted(later_R.tolist())
+
+
+# --- parts of a corpus ------------------------------------------------------------------------------------------------
+
+PATH = "corpora/c"
+# shard -> (split, id, seed of the samples) of its rows
+SHARDS = {
+    "x-0": [("train", "a", 1), ("train", "b", 2)],  # `a` is in test too, and the samples of `b` in dev
+    "x-1": [("train", "c", 3), ("test", "a", 4)],
+    "x-2": [("dev", "d", 2), ("train", "e", 1)],  # the samples of the train `a`, which goes for its id
+    "x-3": [("train", "e", 5), ("train", "f", 3)],
+}
+
+
+def utterance(split: str, name: str, seed: int) -> RawUtterance:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, 0.1 * np.random.default_rng(seed).standard_normal(2000), 16_000, format="FLAC")
+    return RawUtterance(name, "s", split, "flac", buffer.getvalue())
+
+
+def written(storage: Storage) -> Storage:
+    for shard, rows in SHARDS.items():
+        tables = write_shard(storage, PATH, shard, [utterance(*row) for row in rows])
+        assert tables.quarantine.num_rows == 0
+        storage.write(f"{PATH}/{layout.part(shard)}", schemas.encode(tables.manifest))
+    return storage
+
+
+def kept(storage: Storage) -> list[tuple[str, str]]:
+    parts = [Manifest.read_shard(storage, PATH, shard).table.to_pylist() for shard in SHARDS]
+    return [(row["utterance_id"], row["split"]) for part in parts for row in part]
+
+
+def aside(storage: Storage) -> list[tuple[str, ...]]:
+    return [tuple(row.values()) for row in schemas.decode(storage.read(f"{PATH}/{layout.REPEATS}")).to_pylist()]
+
+
+KEPT = [("c", "train"), ("a", "test"), ("d", "dev"), ("e", "train")]
+ASIDE = [
+    ("x-0", "a", "duplicate_id", "the id of 'a' in shard x-1"),
+    ("x-0", "b", "duplicate_content", "the samples of 'd' in shard x-2"),
+    ("x-3", "e", "duplicate_id", "the id of 'e' in shard x-2"),
+    ("x-3", "f", "duplicate_content", "the samples of 'c' in shard x-1"),
+]
+
+
+def test_of_two_rows_alike_test_and_dev_keep_theirs(tmp_path):
+    storage = written(Storage(str(tmp_path)))
+    for _ in range(2):  # done again, nothing more goes
+        set_repeats_aside(storage, PATH, list(SHARDS), contents=True)
+        assert (kept(storage), aside(storage)) == (KEPT, ASIDE)
+
+
+def test_samples_may_repeat_but_ids_may_not(tmp_path):
+    storage = written(Storage(str(tmp_path)))
+    set_repeats_aside(storage, PATH, list(SHARDS), contents=False)
+    assert kept(storage) == [("b", "train"), *KEPT, ("f", "train")]
+    assert aside(storage) == [row for row in ASIDE if row[2] == "duplicate_id"]
+
+
+@pytest.mark.parametrize("survives", [0, 1])
+def test_what_was_broken_off_goes_on(tmp_path, survives):
+    class Breaking(Storage):
+        writes = 0
+
+        def write(self, path: str, data: bytes) -> None:
+            if self.writes == survives:
+                raise OSError("the machine is gone")
+            self.writes += 1
+            super().write(path, data)
+
+    storage = written(Storage(str(tmp_path)))
+    with pytest.raises(OSError, match="gone"):
+        set_repeats_aside(Breaking(str(tmp_path)), PATH, list(SHARDS), contents=True)
+    assert len(kept(storage)) == 8 - 2 * survives
+    set_repeats_aside(storage, PATH, list(SHARDS), contents=True)
+    assert (kept(storage), aside(storage)) == (KEPT, ASIDE)
