@@ -4,8 +4,7 @@ Every row has two 16-byte keys, digests of its id and of its samples. Keys are d
 files of 24-byte records (Grace's partitioning), so that equal keys meet in one; each file is then sorted alone. For 200
 million rows they are 4.8 GB a kind of key on the driver's disk. What is found takes 16 bytes a repeat.
 
-A row's place is its split's rank, its shard and its row there; of two rows alike the one at the earlier place stays. Test comes
-before dev and dev before train, so that what is measured on stays whole and train does not hold it.
+A row's place is its shard and its row there, 32 bits each; of two rows alike the one at the earlier place stays.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ KEY_BYTES = 16
 
 _RECORD = np.dtype([("high", ">u8"), ("low", ">u8"), ("place", "<u8")])
 _SCHEMA = pa.schema([("shard", pa.string()), *schemas.QUARANTINE])
-_RANK = {"test": 0, "dev": 1, "train": 2}
 
 
 def set_repeats_aside(storage: Storage, path: str, shards: list[str], contents: bool) -> None:
-    """Takes out of a corpus's parts what another shard has, and says so in `repeats.parquet`, whose rows are those of the
+    """Takes out of a corpus's parts what a shard before has, and says so in `repeats.parquet`, whose rows are those of the
     quarantine table and a shard. Broken off and done again, it goes on. `contents`: not only ids but also samples."""
     file = f"{path}/{layout.REPEATS}"
     if not storage.exists(file):
@@ -64,9 +62,8 @@ def _found(storage: Storage, path: str, shards: list[str], contents: bool) -> It
 
     with RepeatFinder() as ids, RepeatFinder() as samples:
         for number, shard in enumerate(shards):
-            part = schemas.decode(storage.read(f"{path}/{layout.part(shard)}"), ["utterance_id", "split", "digest"])
-            rank_N = np.array([_RANK[split] for split in part["split"].to_pylist()], dtype=np.uint64)
-            place_N = rank_N << 60 | np.uint64(number << 32) | np.arange(len(rank_N), dtype=np.uint64)
+            part = schemas.decode(storage.read(f"{path}/{layout.part(shard)}"), ["utterance_id", "digest"])
+            place_N = np.uint64(number << 32) | np.arange(part.num_rows, dtype=np.uint64)
             names = (name.encode() for name in part["utterance_id"].to_pylist())
             ids.add(b"".join(hashlib.blake2b(name, digest_size=KEY_BYTES).digest() for name in names), place_N)
             if contents:
@@ -74,14 +71,14 @@ def _found(storage: Storage, path: str, shards: list[str], contents: bool) -> It
         by_id = ids.repeats(np.empty(0, np.uint64))
         by_samples = samples.repeats(by_id[0])
     later_R, first_R = (np.concatenate(pair) for pair in zip(by_id, by_samples, strict=True))
-    shard_R = _shard_of(later_R)
+    shard_R = later_R >> np.uint64(32)
     order_R = np.argsort(shard_R, kind="stable")
     for rows_R in np.split(order_R, np.flatnonzero(np.diff(shard_R[order_R])) + 1) if len(order_R) else ():
         number = int(shard_R[rows_R[0]])
         rows = []
         for row, later, first in zip(rows_R, later_R[rows_R], first_R[rows_R], strict=True):
             reason, what = ("duplicate_id", "the id") if row < len(by_id[0]) else ("duplicate_content", "the samples")
-            earlier = int(_shard_of(first))
+            earlier = int(first) >> 32
             name = ids_of(earlier)[int(first) & 2**32 - 1].as_py()
             rows.append(
                 {
@@ -92,11 +89,6 @@ def _found(storage: Storage, path: str, shards: list[str], contents: bool) -> It
                 }
             )
         yield pa.Table.from_pylist(rows, schema=_SCHEMA)
-
-
-def _shard_of(place: np.ndarray) -> np.ndarray:
-    """The number of the shard in places, which are made of rank, shard and row: 4, 28 and 32 bits."""
-    return (place >> np.uint64(32)) & np.uint64(2**28 - 1)
 
 
 class RepeatFinder:

@@ -60,10 +60,9 @@ class ShardTables:
 
 
 class Locations(msgspec.Struct, frozen=True):
-    """Where the tars are of a corpus that was indexed in place."""
+    """Where the tars of a corpus are that was indexed in place, in full or in part. To be changed by hand when they have moved."""
 
-    root: str  # folder or URL; to be changed by hand when the tars have moved
-    tars: dict[str, str]  # shard -> its tar below `root`
+    tars: dict[str, tuple[str, str]]  # shard -> folder or URL, and the tar below it
 
 
 def write_shard(
@@ -214,7 +213,7 @@ class AudioReader:
         self._corpus_path = corpus_path
         self._keep_open = keep_open
         self._files: OrderedDict[str, pa.NativeFile] = OrderedDict()
-        self._tars: tuple[Storage, dict[str, str]] | None = None  # elsewhere: their root, and a path for each shard
+        self._locations: Locations | None = None  # read when the first shard is opened
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Raises CorpusError where the shard is missing or shorter than its manifest says."""
@@ -233,24 +232,20 @@ class AudioReader:
         return data
 
     def _open(self, shard: str) -> pa.NativeFile:
-        storage, tars = self._tars = self._tars or self._locations()
-        path = tars.get(shard, f"{self._corpus_path}/{layout.audio_shard(shard)}")
+        if self._locations is None:
+            file = f"{self._corpus_path}/{layout.LOCATIONS}"
+            known = self._storage.read(file) if self._storage.exists(file) else b'{"tars": {}}'
+            self._locations = msgspec.json.decode(known, type=Locations)
+        storage, path = self._storage, f"{self._corpus_path}/{layout.audio_shard(shard)}"
         way_out = "remove the corpus and run prepare_data again"
-        if tars:
-            way_out = (
-                f'if the tars have moved, write where they are as "root" into {self._corpus_path}/{layout.LOCATIONS}'
-            )
+        if shard in self._locations.tars:
+            root, path = self._locations.tars[shard]
+            storage = Storage(root)
+            way_out = f"if the tars have moved, write where they are now into {self._corpus_path}/{layout.LOCATIONS}"
         try:
             return storage.open(path)
         except FileNotFoundError as error:
             raise CorpusError(f"'{path}' is missing from {storage.url}: {way_out}") from error
-
-    def _locations(self) -> tuple[Storage, dict[str, str]]:
-        file = f"{self._corpus_path}/{layout.LOCATIONS}"
-        if not self._storage.exists(file):
-            return self._storage, {}
-        locations = msgspec.json.decode(self._storage.read(file), type=Locations)
-        return Storage(locations.root), locations.tars
 
     def wave(self, shard: str, offset: int, size: int) -> np.ndarray:
         """The decoded 16 kHz waveform, shape (S,)."""

@@ -45,9 +45,7 @@ class _Heard:
 
 
 class _Recogniser:
-    """Opens the models once per worker and gives log-probabilities of a shard's transcribed utterances of a split."""
-
-    SPLIT: str
+    """Opens the models once per worker and gives log-probabilities of a shard's transcribed utterances."""
 
     def __init__(self, storage: Storage, corpus: str, lm_path: str, systems: dict[str, ModelAt], settings: Decode):
         self._storage, self._corpus = storage, corpus
@@ -59,7 +57,7 @@ class _Recogniser:
     @torch.inference_mode()
     def _hear(self, shard: str, system: str) -> Iterator[_Heard]:
         network, normalize = self._models[system]
-        manifest, references = spellable(Manifest.read_shard(self._storage, self._corpus, shard).split(self.SPLIT))
+        manifest, references = spellable(Manifest.read_shard(self._storage, self._corpus, shard))
         utterances = UtteranceReader(self._reader, manifest, normalize)
         ids = manifest.table["utterance_id"].to_pylist()
         for first in range(0, len(ids), BATCH):
@@ -72,9 +70,7 @@ class _Recogniser:
 
 
 class _Tuner(_Recogniser):
-    """Word errors of a shard's dev utterances for every pair of weights."""
-
-    SPLIT = "dev"
+    """Word errors of a dev shard for every pair of weights."""
 
     def __init__(self, *args: Any, grid: list[Weights]):
         super().__init__(*args)
@@ -91,9 +87,7 @@ class _Tuner(_Recogniser):
 
 
 class _Tester(_Recogniser):
-    """Hypotheses of a shard's test utterances, greedy and with the language model, as a part file."""
-
-    SPLIT = "test"
+    """Hypotheses of a test shard, greedy and with the language model, as a part file."""
 
     def __init__(self, *args: Any, weights: dict[str, Weights], folder: str):
         super().__init__(*args)

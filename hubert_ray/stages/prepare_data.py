@@ -60,13 +60,16 @@ def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
     plan = plan_shards(source.groups(), source.shard_bytes)
     _check_unchanged(work, plan)
     if isinstance(source, WebDatasetSource):
+        place = source.storage.address
         work.output.write_json(
-            layout.LOCATIONS, Locations(source.storage.address, {shard: group.name for shard, (group,) in plan.items()})
+            layout.LOCATIONS, Locations({shard: (place, group.name) for shard, (group,) in plan.items()})
         )
     missing = [shard for shard in plan if not storage.exists(f"{path}/{_quarantine_part(shard)}")]
     for row in shard_map(partial(_ShardWriter, storage, path, corpus, plan), missing, work.cluster):
         print(f"prepare_data  {row['shard']}  {row['utterances']} utterances", flush=True)
-    set_repeats_aside(storage, path, list(plan), corpus.checks.reject_duplicates)
+    # Test before dev and dev before train: what is measured on stays whole, and train does not hold it.
+    ranked = sorted(plan, key=lambda shard: -SPLITS.index(plan[shard][0].split))
+    set_repeats_aside(storage, path, ranked, corpus.checks.reject_duplicates)
     manifest, content = _merge(storage, path, [layout.part(s) for s in plan], layout.MANIFEST, schemas.MANIFEST)
     set_aside = [*map(_quarantine_part, plan), layout.REPEATS]
     quarantine, _ = _merge(storage, path, set_aside, layout.QUARANTINE, schemas.QUARANTINE)

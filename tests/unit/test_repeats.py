@@ -51,19 +51,19 @@ def test_repeats_are_those_of_a_dictionary(keys, random, excluded, size):
 # --- parts of a corpus ------------------------------------------------------------------------------------------------
 
 PATH = "corpora/c"
-# shard -> (split, id, seed of the samples) of its rows
+# shard -> (id, seed of the samples) of its rows
 SHARDS = {
-    "x-0": [("train", "a", 1), ("train", "b", 2)],  # `a` is in test too, and the samples of `b` in dev
-    "x-1": [("train", "c", 3), ("test", "a", 4)],
-    "x-2": [("dev", "d", 2), ("train", "e", 1)],  # the samples of the train `a`, which goes for its id
-    "x-3": [("train", "e", 5), ("train", "f", 3)],
+    "x-0": [("c", 3), ("a", 4)],
+    "x-1": [("d", 2), ("a", 1)],
+    "x-2": [("e", 1), ("b", 2)],  # the samples of the second `a`, which goes for its id; and those of `d`
+    "x-3": [("e", 5), ("f", 3)],
 }
 
 
-def utterance(split: str, name: str, seed: int) -> RawUtterance:
+def utterance(name: str, seed: int) -> RawUtterance:
     buffer = io.BytesIO()
     soundfile.write(buffer, 0.1 * np.random.default_rng(seed).standard_normal(2000), 16_000, format="FLAC")
-    return RawUtterance(name, "s", split, "flac", buffer.getvalue())
+    return RawUtterance(name, "s", "train", "flac", buffer.getvalue())
 
 
 def written(storage: Storage) -> Storage:
@@ -74,25 +74,25 @@ def written(storage: Storage) -> Storage:
     return storage
 
 
-def kept(storage: Storage) -> list[tuple[str, str]]:
-    parts = [Manifest.read_shard(storage, PATH, shard).table.to_pylist() for shard in SHARDS]
-    return [(row["utterance_id"], row["split"]) for part in parts for row in part]
+def kept(storage: Storage) -> list[str]:
+    parts = [Manifest.read_shard(storage, PATH, shard).table["utterance_id"].to_pylist() for shard in SHARDS]
+    return [name for part in parts for name in part]
 
 
 def aside(storage: Storage) -> list[tuple[str, ...]]:
     return [tuple(row.values()) for row in schemas.decode(storage.read(f"{PATH}/{layout.REPEATS}")).to_pylist()]
 
 
-KEPT = [("c", "train"), ("a", "test"), ("d", "dev"), ("e", "train")]
+KEPT = ["c", "a", "d", "e"]
 ASIDE = [
-    ("x-0", "a", "duplicate_id", "the id of 'a' in shard x-1"),
-    ("x-0", "b", "duplicate_content", "the samples of 'd' in shard x-2"),
+    ("x-1", "a", "duplicate_id", "the id of 'a' in shard x-0"),
+    ("x-2", "b", "duplicate_content", "the samples of 'd' in shard x-1"),
     ("x-3", "e", "duplicate_id", "the id of 'e' in shard x-2"),
-    ("x-3", "f", "duplicate_content", "the samples of 'c' in shard x-1"),
+    ("x-3", "f", "duplicate_content", "the samples of 'c' in shard x-0"),
 ]
 
 
-def test_of_two_rows_alike_test_and_dev_keep_theirs(tmp_path):
+def test_what_a_shard_before_has_goes(tmp_path):
     storage = written(Storage(str(tmp_path)))
     for _ in range(2):  # done again, nothing more goes
         set_repeats_aside(storage, PATH, list(SHARDS), contents=True)
@@ -102,7 +102,7 @@ def test_of_two_rows_alike_test_and_dev_keep_theirs(tmp_path):
 def test_samples_may_repeat_but_ids_may_not(tmp_path):
     storage = written(Storage(str(tmp_path)))
     set_repeats_aside(storage, PATH, list(SHARDS), contents=False)
-    assert kept(storage) == [("b", "train"), *KEPT, ("f", "train")]
+    assert kept(storage) == ["c", "a", "d", "e", "b", "f"]
     assert aside(storage) == [row for row in ASIDE if row[2] == "duplicate_id"]
 
 
@@ -120,6 +120,6 @@ def test_what_was_broken_off_goes_on(tmp_path, survives):
     storage = written(Storage(str(tmp_path)))
     with pytest.raises(OSError, match="gone"):
         set_repeats_aside(Breaking(str(tmp_path)), PATH, list(SHARDS), contents=True)
-    assert len(kept(storage)) == 8 - 2 * survives
+    assert len(kept(storage)) == 8 - survives
     set_repeats_aside(storage, PATH, list(SHARDS), contents=True)
     assert (kept(storage), aside(storage)) == (KEPT, ASIDE)

@@ -79,7 +79,7 @@ def test_members_of_a_key_in_any_order_and_the_bytes_they_are(tmp_path):
             "deep/a.v1.flac": recording(2),
         },
     )
-    first, second, third = contents(WebDataset(name="c", path=str(tmp_path), test_speakers=("7",)))
+    second, third, first = contents(WebDataset(name="c", path=str(tmp_path), test_speakers=("7",)))
     assert (first.utterance_id, first.speaker, first.split, first.text) == ("train-0/a", "7", "test", "from json")
     assert (second.utterance_id, second.speaker, second.split, second.text) == (
         "train-0/b",
@@ -143,9 +143,9 @@ def test_columns_paths_and_splits_of_a_table(tmp_path):
     assert [(u.utterance_id, u.speaker, u.split, u.suffix) for u in contents(corpus)] == [
         ("a/0", "anna", "dev", "flac"),
         ("1", "ben", "dev", "wav"),  # the table's own name
+        ("5", "", "dev", "flac"),
         ("beside", "cleo", "test", "flac"),
         (f"{tmp_path}/far/3".lstrip("/"), "", "test", "flac"),
-        ("5", "", "dev", "flac"),
     ]
 
 
@@ -156,6 +156,23 @@ def test_rows_of_a_table_fill_shards_by_the_size_of_their_files(tmp_path, monkey
     source = open_source(AudioTable(name="c", path=str(tmp_path / "t.csv"), shard_mib=2))
     plan = plan_shards(source.groups(), source.shard_bytes)
     assert [len(groups) for groups in plan.values()] == [2, 2]
+
+
+def test_rows_of_several_splits_are_groups_of_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(AudioTableSource, "ROWS_A_GROUP", 3)
+    lines = ["path,split,speaker"]
+    for number, split in enumerate(("train", "dev", "train", "", "test", "")):
+        (tmp_path / f"{number}.flac").write_bytes(recording(number))
+        lines.append(f"{number}.flac,{split},{'ben' if number == 5 else 'anna'}")
+    (tmp_path / "t.csv").write_text("\n".join([*lines, "bad row", ""]))
+    source = open_source(AudioTable(name="c", path=str(tmp_path / "t.csv"), dev_speakers=("ben",)))
+    found = {}
+    for group in source.groups():
+        items = list(source.read(group))
+        assert items
+        assert all(item.split == group.split for item in items if isinstance(item, RawUtterance))
+        found[group.split, group.name[:15]] = [getattr(item, "utterance_id", "rejected") for item in items]
+    assert sorted(found.values()) == [["0", "2"], ["1"], ["3"], ["4"], ["5"], ["rejected"]]
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------
@@ -176,8 +193,11 @@ def test_row_groups_of_parquet_files(tmp_path):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=2)
     corpus = Parquet(name="c", path=str(tmp_path), text_column="sentence", test_speakers=("107",))
     groups = open_source(corpus).groups()
-    assert [group.name.rpartition("#")[2] for group in groups] == ["00000", "00001", "00002"] * 2
-    found = contents(corpus)
+    assert [(group.name[5:10], group.name[-1], group.split) for group in groups] == [
+        ("train", "0", "train"), ("train", "1", "test"), ("train", "1", "train"), ("train", "2", "train"),
+        ("valid", "0", "dev"), ("valid", "1", "dev"), ("valid", "2", "dev"),
+    ]  # fmt: skip
+    found = sorted(contents(corpus), key=lambda u: u.utterance_id)
     assert [(u.utterance_id, u.speaker, u.split, u.suffix, u.text) for u in found] == [
         ("data/train-00000-of-00001/000000000", "105", "train", "wav", "TEXT 5"),
         ("data/train-00000-of-00001/000000001", "106", "train", "flac", None),

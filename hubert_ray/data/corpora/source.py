@@ -25,10 +25,10 @@ _OWN_FAULTS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errn
 
 @dataclass(frozen=True)
 class Group:
-    """Some utterances that are read together."""
+    """Some utterances of one split that are read together."""
 
     name: str
-    split: str  # of all or most of them: names the shard; each utterance has its own
+    split: str  # of all; where a file holds several splits, each is a group of it, and `read` passes over the others
     bytes: int  # of audio, roughly; only used to fill shards evenly
     files: tuple[str, ...] = ()  # in it, where the name alone does not tell them
 

@@ -11,7 +11,6 @@ import io
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -49,38 +48,51 @@ class AudioTableSource(Placed):
             _check_columns(corpus, [corpus.path_column], self._header, self.name)
 
     def groups(self) -> list[Group]:
-        borders, paths, moved, rows = [self._begin], list[str](), set[str](), 0
+        spans: list[tuple[int, int, set[str]]] = []  # first byte, byte after the last, splits
+        start, splits, rows = self._begin, set[str](), 0
+        paths, moved = list[str](), set[str]()
         with self._lines(self._begin) as lines:
             for row in self._rows(lines):
                 rows += 1
-                if rows % self.ROWS_A_GROUP == 0:
-                    borders.append(lines.position)
+                splits.add(self._split(row))
                 if isinstance(row, dict):
                     moved |= self.moved.keys() & {row.get(self._corpus.speaker_column)}
                     if len(paths) < self.SAMPLED:
                         paths.append(row.get(self._corpus.path_column) or "")
-            borders.append(lines.position)
+                if rows % self.ROWS_A_GROUP == 0:
+                    spans.append((start, lines.position, splits))
+                    start, splits = lines.position, set()
+            spans.append((start, lines.position, splits))
         if not rows:
             raise CorpusError(f"'{self.name}' in {self.storage.url} has no rows")
         self.check_moved(moved)
         sizes = [size for path in paths if (size := self._size(path))] or [0]
         guess = round(sum(sizes) / len(sizes) * min(rows, self.ROWS_A_GROUP))
         return [
-            Group(f"{start:015d}-{stop:015d}", split_of(self.name) or "train", guess)
-            for start, stop in pairwise(borders)
-            if start < stop
+            Group(f"{start:015d}-{stop:015d}", split, guess // len(splits))
+            for start, stop, splits in spans
+            for split in sorted(splits)
         ]
 
     def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
         start, stop = map(int, group.name.split("-"))
         with self._lines(start) as lines:
             for row in self._rows(lines, stop):
+                if self._split(row) != group.split:
+                    continue
                 if isinstance(row, dict):
-                    yield self._utterance(row, group)
+                    yield self._utterance(row, group.split)
                 else:
                     yield Rejected(f"{self.name}, before byte {lines.position}", "bad_row", row)
 
-    def _utterance(self, row: dict[str, str | None], group: Group) -> RawUtterance | Rejected:
+    def _split(self, row: dict[str, str | None] | str) -> str:
+        """The split of a row; of the table, where the row has none or is none."""
+        if isinstance(row, str):
+            return self.split(self.name, "")
+        told = row.get(self._corpus.split_column) or ""
+        return self.split(told if split_of(told) else self.name, row.get(self._corpus.speaker_column) or "")
+
+    def _utterance(self, row: dict[str, str | None], split: str) -> RawUtterance | Rejected:
         corpus = self._corpus
         path = row.get(corpus.path_column)
         if not path:
@@ -91,7 +103,6 @@ class AudioTableSource(Placed):
         speaker, told = row.get(corpus.speaker_column) or "", row.get(corpus.split_column)
         if told and not split_of(told):
             return Rejected(utterance_id, "bad_row", f"{corpus.split_column} = '{told}': expected train, dev or test")
-        split = self.split(told or group.split, speaker)
         try:
             audio = self.recording(self._place(path))
         except AudioError as error:
@@ -203,19 +214,31 @@ class ParquetSource(Placed):
         return groups
 
     def _row_groups(self, path: str, size: int) -> list[Group]:
-        split = self.split(path, "")
         with self.storage.open(path) as file:
             try:
                 table = pq.ParquetFile(file)
             except pa.ArrowInvalid:  # no Parquet; read() says so in the quarantine table
-                return [Group(f"{path}#00000", split, size)]
+                return [Group(f"{path}#00000", self.split(path, ""), size)]
             self._check(table, path)
-            rows = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
-            return [
-                Group(f"{path}#{number:05d}", split, some.total_byte_size)
-                for number, some in enumerate(rows)
-                if some.num_rows
-            ]
+            groups = []
+            for number in range(table.num_row_groups):
+                rows, splits = table.metadata.row_group(number), self._splits(table, number, path)
+                if rows.num_rows:
+                    groups += [
+                        Group(f"{path}#{number:05d}", split, rows.total_byte_size // len(splits)) for split in splits
+                    ]
+            return groups
+
+    def _splits(self, table: pq.ParquetFile, number: int, path: str) -> list[str]:
+        """The splits in a row group; all that there may be, where its speakers cannot be read."""
+        column = self._corpus.speaker_column
+        if not self.moved or column not in table.schema_arrow.names:
+            return [self.split(path, "")]
+        try:
+            speakers = table.read_row_group(number, columns=[column])[column].unique().to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return sorted({self.split(path, ""), *self.moved.values()})
+        return sorted({self.split(path, "" if speaker is None else str(speaker)) for speaker in speakers})
 
     def _check(self, table: pq.ParquetFile, path: str) -> None:
         schema, column = table.schema_arrow, self._corpus.audio_column
@@ -259,26 +282,28 @@ class ParquetSource(Placed):
                     first += 1
 
     def _utterance(self, cells: dict[str, Any], name: str, split: str) -> Iterator[RawUtterance | Rejected]:
-        words: dict[str, str] = {}
-        for role in ("id", "speaker", "text"):
+        words, faults = dict.fromkeys(("id", "speaker", "text"), ""), []
+        for role in words.keys() & cells.keys():
             try:
-                value = cells[role].as_py() if role in cells else None
+                value = cells[role].as_py()
                 words[role] = "" if value is None else str(value)
             except UnicodeDecodeError as error:
-                yield Rejected(
-                    name, "bad_transcript" if role == "text" else "bad_metadata", f"{role} is not UTF-8: {error}"
-                )
+                reason = "bad_transcript" if role == "text" else "bad_metadata"
+                faults.append(Rejected(name, reason, f"{role} is not UTF-8: {error}; the audio is used without"))
+        if self.split(name, words["speaker"]) != split:
+            return
+        yield from faults
         found, path = cells["audio"].as_py(), ""
         if isinstance(found, dict):
             found, path = found["bytes"], found.get("path") or ""
-        utterance_id, speaker = words.get("id") or name, words.get("speaker", "")
+        utterance_id = words["id"] or name
         if found is None:
             said = f"; it names '{path}', which a Parquet file does not hold: embed the audio" if path else ""
             yield Rejected(utterance_id, "no_audio", f"row without bytes{said}")
             return
         suffix = posixpath.splitext(path)[1].lower()
         form = suffix[1:] if suffix in SUFFIXES else MAGIC.get(found[:4], "mp3")
-        yield RawUtterance(utterance_id, speaker, self.split(split, speaker), form, found, one_line(words.get("text")))
+        yield RawUtterance(utterance_id, words["speaker"], split, form, found, one_line(words["text"]))
 
 
 def _check_columns(corpus: AudioTable | Parquet, needed: list[str], there: list[str], file: str) -> None:

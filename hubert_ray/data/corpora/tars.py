@@ -46,20 +46,31 @@ class WebDatasetSource(Placed):
         tars = {name: size for name, size in sizes.items() if name.endswith(".tar")}
         if not tars:
             raise CorpusError(f"'{self.storage.url}' holds no .tar files")
-        return [Group(name, self.split(name, ""), size) for name, size in tars.items()]
+        # Who speaks is in the tars: one that may hold moved speakers is read once for each split, and some of those come out empty.
+        return [
+            Group(name, split, size)
+            for name, size in tars.items()
+            for split in sorted({self.split(name, ""), *self.moved.values()})
+        ]
 
     def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
+        for found in self._found(group.name):
+            # What was set aside belongs to the split of its tar.
+            if (found.split if isinstance(found, RawUtterance) else self.split(group.name, "")) == group.split:
+                yield found
+
+    def _found(self, tar_name: str) -> Iterator[RawUtterance | Rejected]:
         together: list[_Member] = []
-        for member in self._members(group.name):
+        for member in self._members(tar_name):
             if isinstance(member, Rejected):
                 yield member
                 continue
             if together and member.key != together[0].key:
-                yield from self._utterances(group, together)
+                yield from self._utterances(tar_name, together)
                 together = []
             together.append(member)
         if together:
-            yield from self._utterances(group, together)
+            yield from self._utterances(tar_name, together)
 
     def _members(self, tar_name: str) -> Iterator[_Member | Rejected]:
         with self.storage.open(tar_name) as native:
@@ -82,9 +93,9 @@ class WebDatasetSource(Placed):
             except tarfile.ReadError as error:
                 yield Rejected(tar_name, "bad_tar", f"{error}; what came before is used")
 
-    def _utterances(self, group: Group, members: list[_Member]) -> Iterator[RawUtterance | Rejected]:
+    def _utterances(self, tar_name: str, members: list[_Member]) -> Iterator[RawUtterance | Rejected]:
         """The recordings under one key: one, as a rule."""
-        utterance_id = f"{group.name.removesuffix('.tar')}/{members[0].key}"
+        utterance_id = f"{tar_name.removesuffix('.tar')}/{members[0].key}"
         text, speaker = None, ""
         for member in members:
             try:
@@ -98,7 +109,7 @@ class WebDatasetSource(Placed):
                 yield Rejected(utterance_id, reason, f".{member.suffix}: {error}; the audio is used without it")
         recordings = [member for member in members if f".{member.suffix}" in SUFFIXES]
         for member in recordings:
-            split = self.split(group.name, speaker)
+            split = self.split(tar_name, speaker)
             yield RawUtterance(utterance_id, speaker, split, member.suffix, member.data, text, offset=member.offset)
         if not recordings:
             yield Rejected(
