@@ -137,9 +137,9 @@ def test_a_store_that_stumbles_costs_no_recording(here):
 
     with s3_server(stumbling) as url:
         speech(Storage(url))
-        for kind, corpus in corpora(url).items():
-            assert utterances(corpus) == utterances(corpora(here)[kind])
-    assert min(faults[0].answered.values()) > 3
+        for kind in ("folder", "tars", "parquet"):
+            assert utterances(corpora(url)[kind]) == utterances(corpora(here)[kind])
+    assert min(faults[0].answered.values()) > 1
 
 
 def test_a_store_that_is_gone_is_an_error_and_no_quarantine(here):

@@ -197,12 +197,14 @@ def test_fingerprints_change_with_settings_and_flow_downstream_only(tmp_path):
     assert not changed & {"prepare_data", "iter1/learn_kmeans", "iter1/assign_labels", "iter1/pretrain"}
 
 
-def test_storage_place_is_no_part_of_identity(tmp_path):
-    def fingerprints(path):
-        recipe = load_recipe("hubert_base_ls960", [f"corpus.path={path}"])
+@pytest.mark.parametrize("kind", ["librispeech", "folder", "table", "parquet", "webdataset"])
+def test_storage_place_is_no_part_of_identity(tmp_path, kind):
+    def fingerprints(path, checks=""):
+        recipe = load_recipe("demo", [f'corpus={{kind="{kind}", name="c", path="{path}"{checks}}}'])
         return [p.artifact.identity.fingerprint for p in pipeline.plan(recipe, Storage(str(tmp_path)))]
 
     assert fingerprints("/one") == fingerprints("/two")
+    assert fingerprints("/one") != fingerprints("/one", ", checks={max_seconds=30.0}")
 
 
 def test_paper_numbers_of_the_presets():
