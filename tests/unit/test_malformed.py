@@ -605,6 +605,7 @@ UNUSABLE = {
     "other suffix": (AudioTable, table("a.txt", b"path\n1.flac\n"), {}, "no .csv, .tsv or .jsonl"),
     "a folder as table": (AudioTable, write("a.csv", b""), {}, "no .csv, .tsv or .jsonl"),
     "empty table": (AudioTable, table("a.csv", b""), {}, "no column path"),
+    "no table": (AudioTable, table("a.csv", b"x" * 200_000), {}, "does not begin with a line of column names"),
     "header only": (AudioTable, table("a.csv", b"path,text\n"), {}, "has no rows"),
     "no rows": (AudioTable, table("a.jsonl", b"\n\n"), {}, "has no rows"),
     "no column of paths": (AudioTable, table("a.csv", b"file,text\n1.flac,A\n"), {}, "no column path; it has file, text"),

@@ -122,15 +122,15 @@ def test_groups_of_a_table_hold_every_row_once(tmp_path, monkeypatch, rows_a_gro
 
 
 def test_columns_paths_and_splits_of_a_table(tmp_path):
-    for number, name in enumerate(("in/a/0.flac", "in/1.WAV", "beside.flac", "far/3.flac", "in/4.flac")):
+    for number, name in enumerate(("in/a/0.flac", "in/1.WAV", "beside.flac", "in-far/3.flac", "in/4.flac")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(recording(number))
     rows = [
         {"audio_filepath": "a/0.flac", "who": "anna", "split": "validation", "duration": 1.5},
         {"audio_filepath": "./1.WAV", "who": "ben"},
         {"audio_filepath": "../beside.flac", "who": "cleo", "split": "train"},
-        {"audio_filepath": str(tmp_path / "far" / "3.flac"), "split": "test"},
-        {"audio_filepath": str(tmp_path / "in" / "4.flac"), "id": 5},
+        {"audio_filepath": str(tmp_path / "in-far" / "3.flac"), "split": "test"},
+        {"audio_filepath": str(tmp_path / "in" / "4.flac")},
     ]
     (tmp_path / "in" / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
     corpus = AudioTable(
@@ -143,9 +143,9 @@ def test_columns_paths_and_splits_of_a_table(tmp_path):
     assert [(u.utterance_id, u.speaker, u.split, u.suffix) for u in contents(corpus)] == [
         ("a/0", "anna", "dev", "flac"),
         ("1", "ben", "dev", "wav"),  # the table's own name
-        ("5", "", "dev", "flac"),
+        ("4", "", "dev", "flac"),
         ("beside", "cleo", "test", "flac"),
-        (f"{tmp_path}/far/3".lstrip("/"), "", "test", "flac"),
+        (f"{tmp_path}/in-far/3".lstrip("/"), "", "test", "flac"),
     ]
 
 

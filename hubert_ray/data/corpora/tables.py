@@ -44,7 +44,11 @@ class AudioTableSource(Placed):
         self._begin = 0  # byte of the first row
         if self._form != ".jsonl":
             with self._lines(0) as lines:
-                self._header, self._begin = [name.strip() for name in next(self._split_up(lines), [])], lines.position
+                try:
+                    self._header = [name.strip() for name in next(self._split_up(lines), [])]
+                except csv.Error as error:
+                    raise CorpusError(f"'{self.name}' does not begin with a line of column names ({error})") from error
+                self._begin = lines.position
             _check_columns(corpus, [corpus.path_column], self._header, self.name)
 
     def groups(self) -> list[Group]:
@@ -99,7 +103,7 @@ class AudioTableSource(Placed):
             return Rejected(f"{self.name}: {row}"[:200], "bad_row", f"{corpus.path_column} is empty")
         stem, suffix = posixpath.splitext(posixpath.normpath(path))
         # What lies beside or above the table has an id without the way up, as no id may be a way up.
-        utterance_id = row.get(corpus.id_column) or stem.removeprefix(self.storage.root).lstrip("./")
+        utterance_id = row.get(corpus.id_column) or stem.removeprefix(f"{self.storage.root}/").lstrip("./")
         speaker, told = row.get(corpus.speaker_column) or "", row.get(corpus.split_column)
         if told and not split_of(told):
             return Rejected(utterance_id, "bad_row", f"{corpus.split_column} = '{told}': expected train, dev or test")
@@ -114,7 +118,7 @@ class AudioTableSource(Placed):
     def _place(self, path: str) -> str:
         """A path of the table as this storage takes it. Raises AudioError where it leads out of an object store."""
         place = posixpath.normpath(path)
-        if "://" in path or not (self.storage.is_local or place[0] not in "/."):
+        if "://" in path or (place.startswith(("/", "..")) and not self.storage.is_local):
             raise AudioError("bad_name", f"'{path}': expected a path below the table's folder")
         return place
 
