@@ -70,6 +70,7 @@ def write_shard(
     corpus_path: str,
     shard: str,
     utterances: Iterable[RawUtterance | Rejected],
+    *,
     checks: Checks = Checks(),  # noqa: B008  # frozen
 ) -> ShardTables:
     """Writes one tar and returns its manifest rows and its quarantine rows. The tar's bytes depend on its input only."""
@@ -78,7 +79,7 @@ def write_shard(
             return _tables(shard, utterances, checks, partial(_add_utterance, tar))
 
 
-def index_shard(shard: str, utterances: Iterable[RawUtterance | Rejected], checks: Checks) -> ShardTables:
+def index_shard(shard: str, utterances: Iterable[RawUtterance | Rejected], *, checks: Checks) -> ShardTables:
     """The same tables for a tar that is there already; its utterances say at which byte they lie."""
     return _tables(shard, utterances, checks, lambda utterance: utterance.offset)
 

@@ -45,9 +45,9 @@ class _ShardWriter:
         utterances = (utterance for group in self.plan[shard] for utterance in source.read(group))
         checks = self.corpus.checks
         if source.shard_bytes:
-            tables = write_shard(self.storage, self.path, shard, utterances, checks)
+            tables = write_shard(self.storage, self.path, shard, utterances, checks=checks)
         else:
-            tables = index_shard(shard, utterances, checks)
+            tables = index_shard(shard, utterances, checks=checks)
         self.storage.write(f"{self.path}/{layout.part(shard)}", schemas.encode(tables.manifest))
         self.storage.write(f"{self.path}/{_quarantine_part(shard)}", schemas.encode(tables.quarantine))
         return {"utterances": tables.manifest.num_rows}
