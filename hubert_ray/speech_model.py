@@ -15,6 +15,7 @@ import math
 import re
 import tempfile
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TypeVar
 
@@ -229,7 +230,7 @@ def _copied(storage: Storage, name: str, folder: Path) -> bool:
 def _at_16_khz(wave_S: np.ndarray, sample_rate: int) -> np.ndarray:
     if sample_rate == SAMPLE_RATE:
         return wave_S
-    if sample_rate != int(sample_rate) or sample_rate < 1:
+    if not isinstance(sample_rate, Real) or sample_rate % 1 or sample_rate < 1:
         raise InputError(f"sample_rate: found {sample_rate!r}, expected whole Hz, such as 44100")
     sample_rate = int(sample_rate)
     common = math.gcd(sample_rate, SAMPLE_RATE)

@@ -19,6 +19,7 @@ from hubert_ray.config.values import (
     Probability,
     Settings,
     Share,
+    UtteranceSeconds,
 )
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ class Checks(Settings, frozen=True, kw_only=True):
     finite, or bears an id that was there before always is."""
 
     min_seconds: Positive = 0.1  # `too_short`; one frame of the model, 0.025 s, at least
-    max_seconds: Positive = 120.0  # `too_long`: a recording to be segmented first, not an utterance
+    max_seconds: Positive = 120.0  # `too_long`: uncut; a longer recording is for `segments`
     min_sample_rate_hz: Count = 8000  # `sample_rate`: of the stored audio
     max_clipped_share: Share = 0.05  # `clipped`: share of the samples at or beyond full scale
     max_dc_offset: Share = 0.5  # `dc_offset`: the mean, full scale = 1; LibriSpeech has recordings with 0.26
@@ -38,6 +39,18 @@ class Checks(Settings, frozen=True, kw_only=True):
         True  # `duplicate_content`: samples that occur before, in any shard; test and dev before train
     )
     require_text: bool = False  # `no_text`: recordings without a transcript; pretraining needs none
+
+
+class Segments(Settings, frozen=True, kw_only=True):
+    """Long recordings cut at their pauses into utterances, by index: audio is stored once, unchanged (data/segments.py).
+
+    Recordings up to `max_seconds` stay whole, with their transcripts; those of longer ones are lost where several pieces come out.
+    Voice activity is taken from Libri-light's JSON files where they are, else detected (extra `vad`).
+    """
+
+    max_seconds: UtteranceSeconds = 30.0  # no piece is longer
+    min_seconds: Positive = 1.0  # shorter pieces are left out
+    max_pause_seconds: Positive = 2.0  # a longer pause always parts two pieces and is in neither
 
 
 class EmbeddedCorpus(Settings, frozen=True, kw_only=True, tag="embedded", tag_field="kind"):
@@ -73,6 +86,7 @@ class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_fi
     test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
     checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
 class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="kind"):
@@ -87,6 +101,7 @@ class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="
     test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
     checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
 class AudioTable(Settings, frozen=True, kw_only=True, tag="table", tag_field="kind"):
@@ -106,6 +121,7 @@ class AudioTable(Settings, frozen=True, kw_only=True, tag="table", tag_field="ki
     test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
     checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
 class Parquet(Settings, frozen=True, kw_only=True, tag="parquet", tag_field="kind"):
@@ -124,6 +140,7 @@ class Parquet(Settings, frozen=True, kw_only=True, tag="parquet", tag_field="kin
     test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
     checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
 class WebDataset(Settings, frozen=True, kw_only=True, tag="webdataset", tag_field="kind"):
@@ -137,6 +154,7 @@ class WebDataset(Settings, frozen=True, kw_only=True, tag="webdataset", tag_fiel
     dev_speakers: tuple[str, ...] = ()
     test_speakers: tuple[str, ...] = ()
     checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
 Corpus = EmbeddedCorpus | LibriSpeech | AudioFolder | AudioTable | Parquet | WebDataset

@@ -2,8 +2,11 @@
 
 A corpus is a folder of uncompressed tar shards in WebDataset's form (`<key>.flac`, `<key>.txt`) holding the original
 compressed audio, and a manifest with one row per utterance. Because a tar member is a plain byte range, any utterance is
-one ranged read away; nothing is ever unpacked. Tars that were WebDataset shards before stay where they are: the manifest's
-ranges point into them, and `locations.json` says where they lie, which may change without the corpus being another.
+one ranged read away; nothing is ever unpacked. Of a long recording that was cut (data/segments.py) each piece is a row, a range
+of samples of the same member: the decoder seeks in it through a window that fetches only the blocks it asks for.
+
+Tars that were WebDataset shards before stay where they are: the manifest's ranges point into them, and `locations.json` says
+where they lie, which may change without the corpus being another.
 """
 
 from __future__ import annotations
@@ -15,17 +18,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hubert_ray.config.recipe import Checks
+from hubert_ray.config.recipe import Checks, Segments
 from hubert_ray.data import audio
+from hubert_ray.data.segments import Cutter
+from hubert_ray.data.window import Window
 from hubert_ray.errors import AudioError, CorpusError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
+
+WHOLE: dict[str, Any] = {"first": 0, "stored_samples": -1}  # the range of an utterance that is its recording
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class RawUtterance:
     text: str | None = None
     phones: list[tuple[int, int, str]] | None = None
     offset: int | None = None  # of the audio in a tar that stays where it is, bytes
+    speech: list[tuple[float, float]] | None = None  # voice activity, seconds, where the corpus has it
 
 
 @dataclass(frozen=True)
@@ -70,24 +79,30 @@ def write_shard(
     corpus_path: str,
     shard: str,
     utterances: Iterable[RawUtterance | Rejected],
-    *,
     checks: Checks = Checks(),  # noqa: B008  # frozen
+    segments: Segments | None = None,
 ) -> ShardTables:
-    """Writes one tar and returns its manifest rows and its quarantine rows. The tar's bytes depend on its input only."""
+    """Writes one tar and returns its manifest rows and its quarantine rows. The tar's bytes depend on its input only.
+
+    With `segments`, recordings longer than those allow become several rows. Memory holds one recording, compressed.
+    """
     with storage.create(f"{corpus_path}/{layout.audio_shard(shard)}") as stream:
         with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as tar:
-            return _tables(shard, utterances, checks, partial(_add_utterance, tar))
+            return _tables(shard, utterances, checks, segments, partial(_add_utterance, tar))
 
 
-def index_shard(shard: str, utterances: Iterable[RawUtterance | Rejected], *, checks: Checks) -> ShardTables:
+def index_shard(
+    shard: str, utterances: Iterable[RawUtterance | Rejected], checks: Checks, segments: Segments | None = None
+) -> ShardTables:
     """The same tables for a tar that is there already; its utterances say at which byte they lie."""
-    return _tables(shard, utterances, checks, lambda utterance: utterance.offset)
+    return _tables(shard, utterances, checks, segments, lambda utterance: utterance.offset)
 
 
 def _tables(
     shard: str,
     utterances: Iterable[RawUtterance | Rejected],
     checks: Checks,
+    segments: Segments | None,
     place: Callable[[RawUtterance], int | None],
 ) -> ShardTables:
     """Examines utterances one by one; those that may enter are put in their `place`, which gives their offset."""
@@ -95,6 +110,7 @@ def _tables(
     rejected: list[Rejected] = []
     ids: set[str] = set()
     contents: dict[bytes, str] = {}
+    cutter = Cutter(segments, checks) if segments else None
     for utterance in utterances:
         if isinstance(utterance, Rejected):
             rejected.append(utterance)
@@ -102,19 +118,26 @@ def _tables(
         name = utterance.utterance_id
         try:
             _check_name(name)
-            if name in ids:
-                raise AudioError("duplicate_id", f"'{name}' occurs twice in shard {shard}")
+            _refuse_taken(ids, [name], shard)
             if checks.require_text and utterance.text is None:
                 raise AudioError("no_text", "there is no transcript, and corpus.checks.require_text asks for one")
-            recording = audio.examine(utterance.audio, checks)
-            if checks.reject_duplicates and recording.digest in contents:
-                raise AudioError("duplicate_content", f"the samples of '{contents[recording.digest]}' in shard {shard}")
+            found, left_out = _utterances(utterance, checks, cutter)
+            names, digests = [row["utterance_id"] for row in found], [row["digest"] for row in found]
+            _refuse_taken(ids, names, shard)
+            repeated = (
+                next((digest for digest in digests if digest in contents), None) if checks.reject_duplicates else None
+            )
+            if repeated:
+                raise AudioError("duplicate_content", f"the samples of '{contents[repeated]}' in shard {shard}")
         except AudioError as error:
             rejected.append(Rejected(name if is_text(name) else repr(name), error.reason, error.detail))
             continue
-        ids.add(name)
-        contents[recording.digest] = name
-        rows.append(_row(utterance, shard, place(utterance), recording))
+        if left_out:
+            rejected.append(Rejected(name, "short_pieces", left_out))
+        ids |= {name, *names}
+        contents |= dict(zip(digests, names, strict=True))
+        offset = place(utterance)
+        rows += [row | {"shard": shard, "offset": offset} for row in found]
     return ShardTables(
         pa.Table.from_pylist(rows, schema=schemas.MANIFEST),
         pa.Table.from_pylist([asdict(row) for row in rejected], schema=schemas.QUARANTINE),
@@ -134,21 +157,59 @@ def _check_name(name: str) -> None:
         raise AudioError("bad_name", f"{name!r} cannot be an id: it would be no plain path below a folder")
 
 
-def _row(utterance: RawUtterance, shard: str, offset: int | None, recording: audio.Recording) -> dict:
-    phones = utterance.phones
+def _refuse_taken(ids: set[str], names: list[str], shard: str) -> None:
+    for name in names:
+        if name in ids:
+            raise AudioError("duplicate_id", f"'{name}' occurs twice in shard {shard}")
+
+
+def _utterances(recording: RawUtterance, checks: Checks, cutter: Cutter | None) -> tuple[list[dict], str]:
+    """(manifest rows of a recording but for its place in the tar, what was left out of it). Raises AudioError."""
+    name, text = recording.utterance_id, recording.text
+    if cutter is None or not cutter.is_long(recording.audio):
+        known = audio.examine(recording.audio, checks)
+        fields = {"utterance_id": name, "sample_rate_hz": known.rate, "digest": known.digest, "text": text}
+        return [_row(recording, 0, known.samples, **fields, **WHOLE)], ""
+    cut = cutter.cut(recording.audio, recording.speech)
+    text = text if len(cut.pieces) == 1 and not cut.left_out else None
+    if checks.require_text and text is None:
+        raise AudioError(
+            "no_text", "it had to be cut, which a transcript cannot be; corpus.checks.require_text asks for one"
+        )
+    rows = [
+        _row(
+            recording,
+            piece.start,
+            piece.end,
+            utterance_id=name + piece.suffix,
+            sample_rate_hz=piece.rate,
+            digest=piece.digest,
+            text=text,
+            first=piece.first,
+            stored_samples=piece.stored_samples,
+            speech_share=piece.speech_share,
+        )
+        for piece in cut.pieces
+    ]
+    return rows, cut.left_out
+
+
+def _row(recording: RawUtterance, start: int, end: int, **fields: Any) -> dict:
+    """The utterance from `start` to `end` of its recording, samples at 16 kHz."""
+    phones = None
+    if recording.phones is not None:
+        phones = [
+            {"start": max(first, start) - start, "end": min(last, end) - start, "phone": phone}
+            for first, last, phone in recording.phones
+            if first < end and last > start
+        ]
     return {
-        "utterance_id": utterance.utterance_id,
-        "speaker": utterance.speaker,
-        "split": utterance.split,
-        "shard": shard,
-        "offset": offset,
-        "size": len(utterance.audio),
-        "samples": recording.samples,
-        "sample_rate_hz": recording.rate,
-        "text": utterance.text,
-        "phones": None if phones is None else [{"start": s, "end": e, "phone": p} for s, e, p in phones],
-        "digest": recording.digest,
-    }
+        "speaker": recording.speaker,
+        "split": recording.split,
+        "size": len(recording.audio),
+        "samples": end - start,
+        "phones": phones,
+    } | fields
 
 
 def _add_utterance(tar: tarfile.TarFile, utterance: RawUtterance) -> int:
@@ -192,6 +253,14 @@ class Manifest:
 
     def transcribed(self) -> Manifest:
         return self.where(pc.is_valid(self.table["text"]))
+
+    def recordings(self) -> Manifest:
+        """One row of each recording: of those that were cut the first. Rows of one recording stand together."""
+        offsets, sizes = self.numbers("offset"), self.numbers("size")
+        shards = self.table["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
+        begins = np.ones(len(self), dtype=bool)
+        begins[1:] = (np.diff(offsets) != 0) | (np.diff(sizes) != 0) | (np.diff(shards) != 0)
+        return self.where(pa.array(begins))
 
     def sample(self, share: float, seed: int, shard: str) -> np.ndarray:
         """Rows of a share of a shard's utterances, rounded up, drawn without replacement; ascending."""
@@ -248,6 +317,16 @@ class AudioReader:
         except FileNotFoundError as error:
             raise CorpusError(f"'{path}' is missing from {storage.url}: {way_out}") from error
 
-    def wave(self, shard: str, offset: int, size: int) -> np.ndarray:
-        """The decoded 16 kHz waveform, shape (S,)."""
-        return audio.decode(self.read(shard, offset, size))
+    def wave(self, shard: str, offset: int, size: int, first: int = 0, stored_samples: int = -1) -> np.ndarray:
+        """The decoded 16 kHz waveform of an utterance, shape (S,): of the whole recording, or of a range of its stored samples."""
+        if stored_samples == -1:
+            return audio.decode(self.read(shard, offset, size))
+        window = Window(lambda start, count: self.read(shard, offset + start, count), size)
+        try:
+            wave_S = audio.decode_range(window, first, stored_samples)
+        except AudioError:
+            if not window.failure:
+                raise
+        if window.failure:  # what the decoder takes for the file's end or for damage is storage that did not answer
+            raise window.failure
+        return wave_S

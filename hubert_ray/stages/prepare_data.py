@@ -44,10 +44,11 @@ class _ShardWriter:
         source = open_source(self.corpus)
         utterances = (utterance for group in self.plan[shard] for utterance in source.read(group))
         checks = self.corpus.checks
+        segments = None if isinstance(self.corpus, EmbeddedCorpus) else self.corpus.segments
         if source.shard_bytes:
-            tables = write_shard(self.storage, self.path, shard, utterances, checks=checks)
+            tables = write_shard(self.storage, self.path, shard, utterances, checks, segments)
         else:
-            tables = index_shard(shard, utterances, checks=checks)
+            tables = index_shard(shard, utterances, checks, segments)
         self.storage.write(f"{self.path}/{layout.part(shard)}", schemas.encode(tables.manifest))
         self.storage.write(f"{self.path}/{_quarantine_part(shard)}", schemas.encode(tables.quarantine))
         return {"utterances": tables.manifest.num_rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 from collections.abc import Iterator
 
@@ -70,10 +71,10 @@ class LibriSpeechSource(Placed):
             except AudioError as error:
                 yield Rejected(utterance_id if is_text(name) else repr(name), error.reason, error.detail)
                 continue
-            reader = speaker
+            reader, speech = speaker, None
             if f"{stem}.json" in files:
                 try:
-                    reader = _speaker(self.recording(f"{group.name}/{stem}.json"), speaker)
+                    reader, speech = _metadata(self.recording(f"{group.name}/{stem}.json"), speaker)
                 except (AudioError, ValueError) as error:
                     yield Rejected(f"{stem}.json", "bad_metadata", f"{error}; the folder's speaker is used")
             phones = None
@@ -81,7 +82,7 @@ class LibriSpeechSource(Placed):
                 phones = self._phones(f"{group.name}/{stem}.phn")
             except (AudioError, ValueError) as error:
                 yield Rejected(stem, "bad_alignment", f"{stem}.phn: {error}; the audio is used without phones")
-            yield RawUtterance(utterance_id, reader, group.split, "flac", audio, text, phones)
+            yield RawUtterance(utterance_id, reader, group.split, "flac", audio, text, phones, speech=speech)
         for name in texts:
             yield Rejected(name, "no_audio", f"{group.name} has a transcript but no recording of it")
 
@@ -106,13 +107,16 @@ def _transcripts(text: str) -> dict[str, str]:
     return {name: words for name, _, words in (line.partition(" ") for line in text.splitlines()) if words.strip()}
 
 
-def _speaker(metadata: bytes, folder: str) -> str:
-    """The speaker that a recording of Libri-light says it has. Raises ValueError where the JSON is broken."""
+def _metadata(metadata: bytes, folder: str) -> tuple[str, list[tuple[float, float]] | None]:
+    """(speaker, voice activity in seconds) of a recording of Libri-light. Raises ValueError where the JSON is broken."""
     found = msgspec.json.decode(metadata)
     if not isinstance(found, dict):
         raise ValueError(f"a JSON {type(found).__name__}, expected an object")
     speaker = found.get("speaker")
-    return str(speaker) if isinstance(speaker, str | int) and str(speaker) else folder
+    speech = msgspec.convert(found.get("voice_activity"), list[tuple[float, float]] | None)
+    if speech and not all(0 <= onset <= offset < math.inf for onset, offset in speech):
+        raise ValueError("voice_activity: each is an onset and an offset in seconds")
+    return (str(speaker) if isinstance(speaker, str | int) and str(speaker) else folder), speech
 
 
 class AudioFolderSource(Placed):
