@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Kmeans, Pretrain
 from hubert_ray.config.sizes import ModelSize
-from hubert_ray.data.corpora import SPLITS
+from hubert_ray.data.corpora.source import SPLITS
 from hubert_ray.data.frames import CONV_KERNELS, RECEPTIVE_FIELD, SAMPLE_RATE, frames_of
 from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.shards import AudioReader, Manifest
@@ -77,10 +77,10 @@ def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
 def _shards(storage: Storage, path: str, manifest: Manifest, again: str) -> Finding:
     ends = pa.table({"shard": manifest.table["shard"], "end": pc.add(manifest.table["offset"], manifest.table["size"])})
     longest = ends.group_by("shard").aggregate([("end", "max")])
-    broken = []
+    broken, reader = [], AudioReader(storage, path)
     for shard, end in zip(longest["shard"].to_pylist(), longest["end_max"].to_pylist(), strict=True):
         try:
-            AudioReader(storage, path).read(shard, end - 1, 1)
+            reader.read(shard, end - 1, 1)
         except HubertRayError:
             broken.append(shard)
     return Finding(
@@ -104,6 +104,7 @@ def _speakers(manifest: Manifest) -> Finding:
 
 def _duplicates(storage: Storage, path: str, manifest: Manifest) -> Finding:
     """Recordings with the same bytes; only those of equal size and length are read, and of them not more than a fair number."""
+    manifest = manifest.recordings()  # pieces of one share its bytes
     sizes = manifest.numbers("size") * 2**32 + manifest.numbers("samples") % 2**32
     order = np.argsort(sizes, kind="stable")
     same = np.flatnonzero(sizes[order][1:] == sizes[order][:-1])

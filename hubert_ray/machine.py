@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -24,7 +25,10 @@ class NodeReport:
 
 def versions() -> dict[str, str]:
     """Of the libraries that results may depend on."""
-    return {name: metadata.version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+    found = {name: metadata.version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+    with suppress(metadata.PackageNotFoundError):
+        found["silero-vad"] = metadata.version("silero-vad")  # an extra; its model decides where recordings are cut
+    return found
 
 
 def hardware() -> dict[str, Any]:

@@ -14,15 +14,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import AudioFolder, Iteration, Layer, LibriSpeech, Recipe, Teacher
-from hubert_ray.errors import CorpusError, HubertRayError, RecipeError
+from hubert_ray.config.recipe import EmbeddedCorpus, Iteration, Layer, Recipe, Teacher
+from hubert_ray.errors import CorpusError, HubertRayError, RecipeError, StorageError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
 from hubert_ray.storage.artifacts import Artifact, Identity, Seal, identity_of
@@ -155,7 +154,7 @@ def _path(recipe: Recipe, stage: Stage) -> str:
 def _identity_settings(stage: Stage) -> dict[str, Any]:
     """A stage's settings as plain data, without the places where things lie."""
     corpus = stage.settings.get("corpus")
-    if isinstance(corpus, LibriSpeech | AudioFolder):
+    if corpus is not None and not isinstance(corpus, EmbeddedCorpus):
         placeless = msgspec.to_builtins(corpus) | {"path": ""}
         if placeless.get("alignments"):
             placeless["alignments"] = "given"
@@ -297,9 +296,12 @@ def _source_finding(recipe: Recipe) -> Finding:
 def _check_source(recipe: Recipe) -> None:
     """Says before Ray is started that there is nothing to read."""
     for name in ("path", "alignments"):
-        folder = getattr(recipe.corpus, name, None)
-        if folder is not None and not Path(folder).expanduser().is_dir():
-            raise CorpusError(f"corpus.{name} = '{folder}': no such folder; give one with --set corpus.{name}=…")
+        place = getattr(recipe.corpus, name, None)
+        if place is not None:
+            try:
+                Storage.of(place)
+            except StorageError as error:
+                raise CorpusError(f"corpus.{name}: {error}; give one with --set corpus.{name}=…") from error
 
 
 def _check_corpus(recipe: Recipe, seal: Seal) -> None:

@@ -86,6 +86,7 @@ def test_model_reads_only_frame_arithmetic_of_data():
         ("deepspeed", lambda path: path == PACKAGE / "distributed" / "zero.py"),
         ("faiss", lambda path: path == PACKAGE / "units" / "kmeans.py"),
         ("espeakng_loader", lambda path: path == PACKAGE / "data" / "espeak_voice.py"),
+        ("silero_vad", lambda path: path == PACKAGE / "data" / "voice_activity.py"),
     ],
 )
 def test_libraries_stay_in_their_room(library, allowed):

@@ -221,6 +221,12 @@ def _check(recipe: Recipe) -> Recipe:
         both = sorted(set(recipe.corpus.dev_speakers) & set(recipe.corpus.test_speakers))
         if both:
             raise RecipeError(f"corpus: speakers {', '.join(both)} stand in both dev_speakers and test_speakers")
+        segments, longest = recipe.corpus.segments, recipe.corpus.checks.max_seconds
+        if segments and not segments.min_seconds <= segments.max_seconds <= longest:
+            raise RecipeError(
+                f"corpus.segments: pieces of {segments.min_seconds:g} to {segments.max_seconds:g} s; min_seconds <= max_seconds "
+                f"<= {longest:g}, corpus.checks.max_seconds"
+            )
     if recipe.finetune:
         _check_finetune(recipe.finetune)
     return recipe

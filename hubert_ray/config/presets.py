@@ -15,6 +15,7 @@ from hubert_ray.config.recipe import (
     Mfcc,
     Pretrain,
     Recipe,
+    Segments,
     Sweep,
 )
 from hubert_ray.config.sizes import BASE, LARGE, TINY, XLARGE
@@ -82,7 +83,7 @@ SMALL = structs.replace(
 )
 
 _LS960 = LibriSpeech(name="librispeech-960h", path="LibriSpeech")
-_LL60K = LibriSpeech(name="libri-light-60kh", path="libri-light")
+_LL60K = LibriSpeech(name="libri-light-60kh", path="libri-light", segments=Segments())
 
 HUBERT_BASE_LS960 = Recipe(
     name="hubert_base_ls960",

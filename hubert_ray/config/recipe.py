@@ -24,9 +24,38 @@ from hubert_ray.config.values import (
     Settings,
     Share,
     Streams,
+    UtteranceSeconds,
 )
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
+
+
+class Checks(Settings, frozen=True, kw_only=True):
+    """Which recordings of any source are set aside, each as a row of quarantine.parquet. What cannot be decoded, is not
+    finite, or bears an id that was there before always is."""
+
+    min_seconds: Positive = 0.1  # `too_short`; one frame of the model, 0.025 s, at least
+    max_seconds: Positive = 120.0  # `too_long`: uncut; a longer recording is for `segments`
+    min_sample_rate_hz: Count = 8000  # `sample_rate`: of the stored audio
+    max_clipped_share: Share = 0.05  # `clipped`: share of the samples at or beyond full scale
+    max_dc_offset: Share = 0.5  # `dc_offset`: the mean, full scale = 1; LibriSpeech has recordings with 0.26
+    min_level_db: float = -70.0  # `silent`: power without the mean, dB against full scale (a square wave has 0)
+    reject_duplicates: bool = (
+        True  # `duplicate_content`: samples that occur before, in any shard; test and dev before train
+    )
+    require_text: bool = False  # `no_text`: recordings without a transcript; pretraining needs none
+
+
+class Segments(Settings, frozen=True, kw_only=True):
+    """Long recordings cut at their pauses into utterances, by index: audio is stored once, unchanged (data/segments.py).
+
+    Recordings up to `max_seconds` stay whole, with their transcripts; those of longer ones are lost where several pieces come out.
+    Voice activity is taken from Libri-light's JSON files where they are, else detected (extra `vad`).
+    """
+
+    max_seconds: UtteranceSeconds = 30.0  # no piece is longer
+    min_seconds: Positive = 1.0  # shorter pieces are left out
+    max_pause_seconds: Positive = 2.0  # a longer pause always parts two pieces and is in neither
 
 
 class EmbeddedCorpus(Settings, frozen=True, kw_only=True, tag="embedded", tag_field="kind"):
@@ -39,13 +68,18 @@ class EmbeddedCorpus(Settings, frozen=True, kw_only=True, tag="embedded", tag_fi
     utterances_per_speaker: Count = 60  # a sentence each, about 3 s
     shard_mib: Count = 12  # a new audio shard is begun at this size
     seed: int = 0
+    checks: Checks = Checks()
+
+
+# Of all that follow, `path` may be an s3://… or gs://… URL. A subset, tar or table whose name is or begins with train, dev (also
+# val, valid, validation) or test and then `-`, `_` or `.` is of that split; all else is train, and `dev_speakers` and
+# `test_speakers` move whole speakers.
 
 
 class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
     """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
 
-    Subsets named train-*, dev-*, test-* fall into those splits, all others (Libri-light's small, medium, large) into
-    train; `dev_speakers` and `test_speakers` move whole speakers, for trees that hold training subsets only.
+    Libri-light too, whose `<recording>.json` tells the speaker, and whose subsets (small, medium, large) are for training.
     `alignments` is a folder of phone times, or None: the same tree with `<utterance>.phn` files, whose lines are
     `start end phone`, times in samples at 16 kHz, end exclusive.
     """
@@ -56,14 +90,14 @@ class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_fi
     dev_speakers: tuple[str, ...] = ()
     test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
+    checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
 class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="kind"):
     """Any tree of .flac, .wav, .ogg, .opus and .mp3 files; `<file>.txt` beside a recording is its transcript.
 
-    `[<subset>/]<speaker>/…/<recording>`: a first folder named train, dev or test, or train-*, dev-*, test-*, is a split; the next
-    one names the speaker. Without such folders all is train and `dev_speakers` and `test_speakers` move whole speakers.
-    An utterance's id is its path below `path`, without the suffix.
+    `[<subset>/]<speaker>/…/<recording>`. An utterance's id is its path below `path`, without the suffix.
     """
 
     name: str
@@ -71,9 +105,64 @@ class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="
     dev_speakers: tuple[str, ...] = ()
     test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
+    checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-Corpus = EmbeddedCorpus | LibriSpeech | AudioFolder
+class AudioTable(Settings, frozen=True, kw_only=True, tag="table", tag_field="kind"):
+    """A .csv, .tsv (both with a header) or .jsonl file with a row per recording, whose path is relative to the file's folder.
+
+    Only the column of paths must be there. Without ids an utterance is named after its path, without the suffix.
+    """
+
+    name: str
+    path: str
+    path_column: str = "path"
+    id_column: str = "id"
+    speaker_column: str = "speaker"
+    split_column: str = "split"
+    text_column: str = "text"
+    dev_speakers: tuple[str, ...] = ()
+    test_speakers: tuple[str, ...] = ()
+    shard_mib: Count = 256  # a new audio shard is begun at this size
+    checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
+
+
+class Parquet(Settings, frozen=True, kw_only=True, tag="parquet", tag_field="kind"):
+    """.parquet files that hold the audio, as Hugging Face's data sets do: `audio: struct<bytes: binary, path: string>`, or binary.
+
+    Only the column of audio must be there. Without ids an utterance is named after its file and row.
+    """
+
+    name: str
+    path: str
+    audio_column: str = "audio"
+    id_column: str = "id"
+    speaker_column: str = "speaker_id"
+    text_column: str = "text"
+    dev_speakers: tuple[str, ...] = ()
+    test_speakers: tuple[str, ...] = ()
+    shard_mib: Count = 256  # a new audio shard is begun at this size
+    checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
+
+
+class WebDataset(Settings, frozen=True, kw_only=True, tag="webdataset", tag_field="kind"):
+    """Plain .tar files with `<key>.<audio suffix>`, `<key>.txt`, `<key>.json` (`text`, `speaker`), used where they lie.
+
+    They are the corpus's shards and must stay: every stage reads the audio from them.
+    """
+
+    name: str
+    path: str
+    dev_speakers: tuple[str, ...] = ()
+    test_speakers: tuple[str, ...] = ()
+    checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
+
+
+Corpus = EmbeddedCorpus | LibriSpeech | AudioFolder | AudioTable | Parquet | WebDataset
 
 
 # --- one HuBERT iteration ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 Probability = Annotated[float, Meta(ge=0, lt=1)]
+UtteranceSeconds = Annotated[float, Meta(ge=2)]  # shorter, the grid of odd sample rates would leave no choice of cuts
 Grid = Annotated[tuple[float, ...], Meta(min_length=1)]
 
 

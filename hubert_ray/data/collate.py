@@ -39,12 +39,15 @@ class UtteranceReader:
         self._shards = manifest.table["shard"]
         self._offsets = manifest.numbers("offset")
         self._sizes = manifest.numbers("size")
+        self._firsts = manifest.numbers("first")
+        self._stored_samples = manifest.numbers("stored_samples")
         self._samples = manifest.numbers("samples")
         self._normalize = normalize
 
     def wave(self, row: int) -> np.ndarray:
         """The waveform of a whole utterance, shape (S,)."""
-        wave_S = self._reader.wave(self._shards[row].as_py(), int(self._offsets[row]), int(self._sizes[row]))
+        columns = (self._offsets, self._sizes, self._firsts, self._stored_samples)
+        wave_S = self._reader.wave(self._shards[row].as_py(), *(int(column[row]) for column in columns))
         return normalise(wave_S) if self._normalize else wave_S
 
     def crops(self, micro_batch: MicroBatch, labels: LabelStore) -> Crops:

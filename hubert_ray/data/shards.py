@@ -2,7 +2,11 @@
 
 A corpus is a folder of uncompressed tar shards in WebDataset's form (`<key>.flac`, `<key>.txt`) holding the original
 compressed audio, and a manifest with one row per utterance. Because a tar member is a plain byte range, any utterance is
-one ranged read away; nothing is ever unpacked.
+one ranged read away; nothing is ever unpacked. Of a long recording that was cut (data/segments.py) each piece is a row, a range
+of samples of the same member: the decoder seeks in it through a window that fetches only the blocks it asks for.
+
+Tars that were WebDataset shards before stay where they are: the manifest's ranges point into them, and `locations.json` says
+where they lie, which may change without the corpus being another.
 """
 
 from __future__ import annotations
@@ -11,17 +15,25 @@ import io
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hubert_ray.config.recipe import Checks, Segments
 from hubert_ray.data import audio
+from hubert_ray.data.segments import Cutter
+from hubert_ray.data.window import Window
 from hubert_ray.errors import AudioError, CorpusError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
+
+WHOLE: dict[str, Any] = {"first": 0, "stored_samples": -1}  # the range of an utterance that is its recording
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,8 @@ class RawUtterance:
     audio: bytes
     text: str | None = None
     phones: list[tuple[int, int, str]] | None = None
+    offset: int | None = None  # of the audio in a tar that stays where it is, bytes
+    speech: list[tuple[float, float]] | None = None  # voice activity, seconds, where the corpus has it
 
 
 @dataclass(frozen=True)
@@ -54,52 +68,155 @@ class ShardTables:
     quarantine: pa.Table
 
 
+class Locations(msgspec.Struct, frozen=True):
+    """Where the tars of a corpus are that was indexed in place, in full or in part. To be changed by hand when they have moved."""
+
+    tars: dict[str, tuple[str, str]]  # shard -> folder or URL, and the tar below it
+
+
 def write_shard(
-    storage: Storage, corpus_path: str, shard: str, utterances: Iterable[RawUtterance | Rejected]
+    storage: Storage,
+    corpus_path: str,
+    shard: str,
+    utterances: Iterable[RawUtterance | Rejected],
+    checks: Checks = Checks(),  # noqa: B008  # frozen
+    segments: Segments | None = None,
 ) -> ShardTables:
-    """Writes one tar and returns its manifest rows and its quarantine rows. The tar's bytes depend on its input only."""
-    rows: list[dict] = []
-    rejected: list[Rejected] = []
-    seen: set[str] = set()
+    """Writes one tar and returns its manifest rows and its quarantine rows. The tar's bytes depend on its input only.
+
+    With `segments`, recordings longer than those allow become several rows. Memory holds one recording, compressed.
+    """
     with storage.create(f"{corpus_path}/{layout.audio_shard(shard)}") as stream:
         with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as tar:
-            for utterance in utterances:
-                if isinstance(utterance, Rejected):
-                    rejected.append(utterance)
-                    continue
-                name = utterance.utterance_id
-                try:
-                    if name in seen:
-                        raise AudioError("duplicate_id", f"'{name}' occurs twice in shard {shard}")
-                    samples, rate = audio.examine(utterance.audio)
-                except AudioError as error:
-                    rejected.append(Rejected(name, error.reason, error.detail))
-                    continue
-                seen.add(name)
-                offset = _add(tar, f"{name}.{utterance.suffix}", utterance.audio)
-                if utterance.text is not None:
-                    _add(tar, f"{name}.txt", utterance.text.encode())
-                rows.append(_row(utterance, shard, offset, samples, rate))
+            return _tables(shard, utterances, checks, segments, partial(_add_utterance, tar))
+
+
+def index_shard(
+    shard: str, utterances: Iterable[RawUtterance | Rejected], checks: Checks, segments: Segments | None = None
+) -> ShardTables:
+    """The same tables for a tar that is there already; its utterances say at which byte they lie."""
+    return _tables(shard, utterances, checks, segments, lambda utterance: utterance.offset)
+
+
+def _tables(
+    shard: str,
+    utterances: Iterable[RawUtterance | Rejected],
+    checks: Checks,
+    segments: Segments | None,
+    place: Callable[[RawUtterance], int | None],
+) -> ShardTables:
+    """Examines utterances one by one; those that may enter are put in their `place`, which gives their offset."""
+    rows: list[dict] = []
+    rejected: list[Rejected] = []
+    ids: set[str] = set()
+    contents: dict[bytes, str] = {}
+    cutter = Cutter(segments, checks) if segments else None
+    for utterance in utterances:
+        if isinstance(utterance, Rejected):
+            rejected.append(utterance)
+            continue
+        name = utterance.utterance_id
+        try:
+            _check_name(name)
+            _refuse_taken(ids, [name], shard)
+            if checks.require_text and utterance.text is None:
+                raise AudioError("no_text", "there is no transcript, and corpus.checks.require_text asks for one")
+            found, left_out = _utterances(utterance, checks, cutter)
+            names, digests = [row["utterance_id"] for row in found], [row["digest"] for row in found]
+            _refuse_taken(ids, names, shard)
+            repeated = (
+                next((digest for digest in digests if digest in contents), None) if checks.reject_duplicates else None
+            )
+            if repeated:
+                raise AudioError("duplicate_content", f"the samples of '{contents[repeated]}' in shard {shard}")
+        except AudioError as error:
+            rejected.append(Rejected(name if is_text(name) else repr(name), error.reason, error.detail))
+            continue
+        if left_out:
+            rejected.append(Rejected(name, "short_pieces", left_out))
+        ids |= {name, *names}
+        contents |= dict(zip(digests, names, strict=True))
+        offset = place(utterance)
+        rows += [row | {"shard": shard, "offset": offset} for row in found]
     return ShardTables(
         pa.Table.from_pylist(rows, schema=schemas.MANIFEST),
         pa.Table.from_pylist([asdict(row) for row in rejected], schema=schemas.QUARANTINE),
     )
 
 
-def _row(utterance: RawUtterance, shard: str, offset: int, samples: int, rate: int) -> dict:
-    phones = utterance.phones
+def is_text(name: str) -> bool:
+    """False for what was not UTF-8 when it was read: no table could hold it."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _check_name(name: str) -> None:
+    """An id names a member of a tar that someone may unpack one day."""
+    if not is_text(name):
+        raise AudioError("bad_name", f"{name!r} is not UTF-8")
+    if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
+        raise AudioError("bad_name", f"{name!r} cannot be an id: it would be no plain path below a folder")
+
+
+def _refuse_taken(ids: set[str], names: list[str], shard: str) -> None:
+    for name in names:
+        if name in ids:
+            raise AudioError("duplicate_id", f"'{name}' occurs twice in shard {shard}")
+
+
+def _utterances(recording: RawUtterance, checks: Checks, cutter: Cutter | None) -> tuple[list[dict], str]:
+    """(manifest rows of a recording but for its place in the tar, what was left out of it). Raises AudioError."""
+    name, text = recording.utterance_id, recording.text
+    if cutter is None or not cutter.is_long(recording.audio):
+        known = audio.examine(recording.audio, checks)
+        fields = {"utterance_id": name, "sample_rate_hz": known.rate, "digest": known.digest, "text": text}
+        return [_row(recording, 0, known.samples, **fields, **WHOLE)], ""
+    cut = cutter.cut(recording.audio, recording.speech)
+    text = text if len(cut.pieces) == 1 and not cut.left_out else None
+    if checks.require_text and text is None:
+        raise AudioError(
+            "no_text", "it had to be cut, which a transcript cannot be; corpus.checks.require_text asks for one"
+        )
+    rows = [
+        _row(
+            recording,
+            piece.start,
+            piece.end,
+            utterance_id=name + piece.suffix,
+            sample_rate_hz=piece.rate,
+            digest=piece.digest,
+            text=text,
+            first=piece.first,
+            stored_samples=piece.stored_samples,
+            speech_share=piece.speech_share,
+        )
+        for piece in cut.pieces
+    ]
+    return rows, cut.left_out
+
+
+def _row(recording: RawUtterance, start: int, end: int, **fields: Any) -> dict:
+    """The utterance from `start` to `end` of its recording, samples at 16 kHz."""
+    phones = None
+    if recording.phones is not None:
+        phones = [
+            {"start": max(first, start) - start, "end": min(last, end) - start, "phone": phone}
+            for first, last, phone in recording.phones
+            if first < end and last > start
+        ]
     return {
-        "utterance_id": utterance.utterance_id,
-        "speaker": utterance.speaker,
-        "split": utterance.split,
-        "shard": shard,
-        "offset": offset,
-        "size": len(utterance.audio),
-        "samples": samples,
-        "sample_rate_hz": rate,
-        "text": utterance.text,
-        "phones": None if phones is None else [{"start": s, "end": e, "phone": p} for s, e, p in phones],
-    }
+        "speaker": recording.speaker,
+        "split": recording.split,
+        "size": len(recording.audio),
+        "samples": end - start,
+        "phones": phones,
+    } | fields
+
+
+def _add_utterance(tar: tarfile.TarFile, utterance: RawUtterance) -> int:
+    offset = _add(tar, f"{utterance.utterance_id}.{utterance.suffix}", utterance.audio)
+    if utterance.text is not None:
+        _add(tar, f"{utterance.utterance_id}.txt", utterance.text.encode())
+    return offset
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -137,6 +254,14 @@ class Manifest:
     def transcribed(self) -> Manifest:
         return self.where(pc.is_valid(self.table["text"]))
 
+    def recordings(self) -> Manifest:
+        """One row of each recording: of those that were cut the first. Rows of one recording stand together."""
+        offsets, sizes = self.numbers("offset"), self.numbers("size")
+        shards = self.table["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
+        begins = np.ones(len(self), dtype=bool)
+        begins[1:] = (np.diff(offsets) != 0) | (np.diff(sizes) != 0) | (np.diff(shards) != 0)
+        return self.where(pa.array(begins))
+
     def sample(self, share: float, seed: int, shard: str) -> np.ndarray:
         """Rows of a share of a shard's utterances, rounded up, drawn without replacement; ascending."""
         rng = np.random.default_rng([seed, zlib.crc32(shard.encode())])
@@ -158,18 +283,13 @@ class AudioReader:
         self._corpus_path = corpus_path
         self._keep_open = keep_open
         self._files: OrderedDict[str, pa.NativeFile] = OrderedDict()
+        self._locations: Locations | None = None  # read when the first shard is opened
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Raises CorpusError where the shard is missing or shorter than its manifest says."""
         file = self._files.pop(shard, None)
         if file is None:
-            path = f"{self._corpus_path}/{layout.audio_shard(shard)}"
-            try:
-                file = self._storage.open(path)
-            except FileNotFoundError as error:
-                raise CorpusError(
-                    f"'{path}' is missing from {self._storage.url}: remove the corpus and run prepare_data again"
-                ) from error
+            file = self._open(shard)
         self._files[shard] = file
         if len(self._files) > self._keep_open:
             self._files.popitem(last=False)[1].close()
@@ -181,6 +301,32 @@ class AudioReader:
             )
         return data
 
-    def wave(self, shard: str, offset: int, size: int) -> np.ndarray:
-        """The decoded 16 kHz waveform, shape (S,)."""
-        return audio.decode(self.read(shard, offset, size))
+    def _open(self, shard: str) -> pa.NativeFile:
+        if self._locations is None:
+            file = f"{self._corpus_path}/{layout.LOCATIONS}"
+            known = self._storage.read(file) if self._storage.exists(file) else b'{"tars": {}}'
+            self._locations = msgspec.json.decode(known, type=Locations)
+        storage, path = self._storage, f"{self._corpus_path}/{layout.audio_shard(shard)}"
+        way_out = "remove the corpus and run prepare_data again"
+        if shard in self._locations.tars:
+            root, path = self._locations.tars[shard]
+            storage = Storage(root)
+            way_out = f"if the tars have moved, write where they are now into {self._corpus_path}/{layout.LOCATIONS}"
+        try:
+            return storage.open(path)
+        except FileNotFoundError as error:
+            raise CorpusError(f"'{path}' is missing from {storage.url}: {way_out}") from error
+
+    def wave(self, shard: str, offset: int, size: int, first: int = 0, stored_samples: int = -1) -> np.ndarray:
+        """The decoded 16 kHz waveform of an utterance, shape (S,): of the whole recording, or of a range of its stored samples."""
+        if stored_samples == -1:
+            return audio.decode(self.read(shard, offset, size))
+        window = Window(lambda start, count: self.read(shard, offset + start, count), size)
+        try:
+            wave_S = audio.decode_range(window, first, stored_samples)
+        except AudioError:
+            if not window.failure:
+                raise
+        if window.failure:  # what the decoder takes for the file's end or for damage is storage that did not answer
+            raise window.failure
+        return wave_S

@@ -1,7 +1,8 @@
 """raw speech -> tar shards of the original compressed audio and a manifest.
 
-Shards are planned from names and sizes alone, then written side by side on Ray Data. Every recording is decoded once to
-see that it can be; what cannot be used is a row of quarantine.parquet with its reason.
+Shards are planned from names and sizes alone, then written side by side on Ray Data; tars that are shards already are only
+indexed. Every recording is decoded once to see that it can be; what cannot be used is a row of quarantine.parquet with its
+reason. What occurs in two shards is found when all are there (`data/repeats.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hubert_ray.asr.transcripts import spellable
-from hubert_ray.config.recipe import Corpus
-from hubert_ray.data.corpora import SPLITS, Group, open_source, plan_shards
-from hubert_ray.data.shards import Manifest, write_shard
+from hubert_ray.config.recipe import Corpus, EmbeddedCorpus
+from hubert_ray.data.corpora import open_source, plan_shards
+from hubert_ray.data.corpora.source import SPLITS, Group
+from hubert_ray.data.corpora.tars import WebDatasetSource
+from hubert_ray.data.repeats import set_repeats_aside
+from hubert_ray.data.shards import Locations, Manifest, index_shard, write_shard
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import CorpusError
 from hubert_ray.stages.context import Work
@@ -39,7 +43,12 @@ class _ShardWriter:
     def __call__(self, shard: str) -> dict[str, Any]:
         source = open_source(self.corpus)
         utterances = (utterance for group in self.plan[shard] for utterance in source.read(group))
-        tables = write_shard(self.storage, self.path, shard, utterances)
+        checks = self.corpus.checks
+        segments = None if isinstance(self.corpus, EmbeddedCorpus) else self.corpus.segments
+        if source.shard_bytes:
+            tables = write_shard(self.storage, self.path, shard, utterances, checks, segments)
+        else:
+            tables = index_shard(shard, utterances, checks, segments)
         self.storage.write(f"{self.path}/{layout.part(shard)}", schemas.encode(tables.manifest))
         self.storage.write(f"{self.path}/{_quarantine_part(shard)}", schemas.encode(tables.quarantine))
         return {"utterances": tables.manifest.num_rows}
@@ -48,23 +57,45 @@ class _ShardWriter:
 def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
     """Writes the corpus artifact. Raises CorpusError where the source is unusable as a whole."""
     storage, path = work.storage, work.output.path
-    plan = plan_shards(open_source(corpus).groups(), corpus.shard_mib * 2**20)
+    source = open_source(corpus)
+    plan = plan_shards(source.groups(), source.shard_bytes)
     _check_unchanged(work, plan)
+    if isinstance(source, WebDatasetSource):
+        place = source.storage.address
+        work.output.write_json(
+            layout.LOCATIONS, Locations({shard: (place, group.name) for shard, (group,) in plan.items()})
+        )
     missing = [shard for shard in plan if not storage.exists(f"{path}/{_quarantine_part(shard)}")]
     for row in shard_map(partial(_ShardWriter, storage, path, corpus, plan), missing, work.cluster):
         print(f"prepare_data  {row['shard']}  {row['utterances']} utterances", flush=True)
+    # Test before dev and dev before train: what is measured on stays whole, and train does not hold it.
+    ranked = sorted(plan, key=lambda shard: -SPLITS.index(plan[shard][0].split))
+    set_repeats_aside(storage, path, ranked, corpus.checks.reject_duplicates)
     manifest, content = _merge(storage, path, [layout.part(s) for s in plan], layout.MANIFEST, schemas.MANIFEST)
-    quarantine, _ = _merge(storage, path, [_quarantine_part(s) for s in plan], layout.QUARANTINE, schemas.QUARANTINE)
+    set_aside = [*map(_quarantine_part, plan), layout.REPEATS]
+    quarantine, _ = _merge(storage, path, set_aside, layout.QUARANTINE, schemas.QUARANTINE)
     if not manifest:
         raise CorpusError(f"no usable utterance: all {quarantine} recordings are in {path}/{layout.QUARANTINE}")
+    whole = Manifest.read(storage, path, ["split", "text", "speaker"])
+    _say_who_is_missing(corpus, set(pc.unique(whole.table["speaker"]).to_pylist()))
     return {
         "utterances": manifest,
         "quarantined": quarantine,
         "shards": len(plan),
-        "transcribed": _transcribed(Manifest.read(storage, path, ["split", "text"])),
+        "transcribed": _transcribed(whole),
         "source": getattr(corpus, "path", None),
         "content": content,
     }
+
+
+def _say_who_is_missing(corpus: Corpus, speakers: set[str]) -> None:
+    """Not every source can tell before it has been read that a speaker to be moved is not in it."""
+    moved = () if isinstance(corpus, EmbeddedCorpus) else corpus.dev_speakers + corpus.test_speakers
+    absent = sorted(set(moved) - speakers)
+    if absent:
+        print(
+            f"warning: corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, who have no usable utterance"
+        )
 
 
 def _transcribed(manifest: Manifest) -> dict[str, int]:
@@ -91,22 +122,11 @@ def _check_unchanged(work: Work, plan: dict[str, list[Group]]) -> None:
 def _merge(storage: Storage, path: str, parts: list[str], name: str, schema: pa.Schema) -> tuple[int, str]:
     """Concatenates parts to one table, a row group each; memory holds one part. Returns rows and a digest of the parts."""
     rows, digest = 0, hashlib.sha256()
-    seen: set[int] = set()
     with storage.create(f"{path}/{name}") as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
         for part in parts:
             data = storage.read(f"{path}/{part}")
             digest.update(data)
-            table = schemas.decode(data)
+            table = schemas.decode(data, schema.names)
             writer.write_table(table)
             rows += table.num_rows
-            if "utterance_id" in schema.names:
-                _refuse_repeated_ids(table["utterance_id"], seen, part)
     return rows, digest.hexdigest()[:16]
-
-
-def _refuse_repeated_ids(ids, seen: set[int], part: str) -> None:
-    """Ids are the key of every join. Kept as 64-bit hashes: 8 bytes of information per utterance, not the strings."""
-    for name in pc.unique(ids).to_pylist():
-        if hash(name) in seen:
-            raise CorpusError(f"utterance id '{name}' in {part} occurs in an earlier shard too; ids must be unique")
-        seen.add(hash(name))

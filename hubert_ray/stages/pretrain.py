@@ -76,8 +76,8 @@ class PretrainTask:
     ):  # fmt: skip
         self.title = title
         self._settings = settings
-        manifest = Manifest.read(storage, corpus, ["utterance_id", "split", "shard", "offset", "size", "samples"])
-        manifest = manifest.split("train")
+        columns = ["utterance_id", "split", "shard", "offset", "size", "first", "stored_samples", "samples"]
+        manifest = Manifest.read(storage, corpus, columns).split("train")
         self._plan = BatchPlan(manifest.numbers("samples"), settings)
         self._labels = LabelStore(storage, labels, manifest, frame_rate_hz, len(classes))
         self._utterances = UtteranceReader(AudioReader(storage, corpus), manifest, size.normalize_waveform)

@@ -71,7 +71,7 @@ def _corpus(work: Work, corpus: Artifact, seal: Seal) -> dict[str, Any]:
         "splits": splits,
         "quarantined": [{"reason": row["values"], "count": row["counts"]} for row in reasons],
         "shards": seal.facts["shards"],
-        "bytes": int(manifest.numbers("size").sum()),
+        "bytes": int(manifest.recordings().numbers("size").sum()),
     }
 
 

@@ -26,26 +26,34 @@ class Storage:
 
     def __init__(self, url: str):
         self.url = url
-        try:
-            if "://" in url:
-                self.filesystem, root = fs.FileSystem.from_uri(url)
-            else:
-                self.filesystem, root = fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
-            kind = self.filesystem.get_file_info(root).type
-        except (pa.ArrowException, OSError) as error:
-            raise StorageError(
-                f"--storage {url}: not a folder, s3://bucket/… or gs://bucket/… that can be reached ({error})"
-            ) from error
-        self.root = root.rstrip("/")
+        self.filesystem, self.root, kind = _connect(url)
         if not self.root or kind == fs.FileType.File:
-            raise StorageError(f"--storage {url}: {'names no bucket' if not self.root else 'is a file, not a folder'}")
+            raise StorageError(f"{url}: {'names no bucket' if not self.root else 'is a file, not a folder'}")
+
+    @classmethod
+    def of(cls, url: str) -> tuple[Storage, str]:
+        """What is at `url`: a folder and "", or a file's folder and its name. Raises StorageError where there is nothing."""
+        filesystem, root, kind = _connect(url)
+        if kind == fs.FileType.NotFound:
+            raise StorageError(f"'{url}': there is no such folder or file")
+        if kind != fs.FileType.File:
+            return cls(url), ""
+        if isinstance(filesystem, fs.LocalFileSystem):
+            return cls(posixpath.dirname(root)), posixpath.basename(root)
+        path, mark, options = url.partition("?")
+        return cls(posixpath.dirname(path) + mark + options), posixpath.basename(path)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
     def __reduce__(self):
         # Rebuilt from its URL wherever it lands; a relative local path means the same folder on every worker.
-        return Storage, (self.url if "://" in self.url else self.root,)
+        return Storage, (self.address,)
+
+    @property
+    def address(self) -> str:
+        """What names this folder from any working directory."""
+        return self.url if "://" in self.url else self.root
 
     @property
     def is_local(self) -> bool:
@@ -56,6 +64,13 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         return self.filesystem.get_file_info(self.full(path)).type != fs.FileType.NotFound
+
+    def is_folder(self, path: str) -> bool:
+        return self.filesystem.get_file_info(self.full(path)).type == fs.FileType.Directory
+
+    def size(self, path: str) -> int:
+        """Bytes of a file; 0 where there is none."""
+        return self.filesystem.get_file_info(self.full(path)).size or 0
 
     def read(self, path: str) -> bytes:
         with self.filesystem.open_input_file(self.full(path)) as file:
@@ -87,6 +102,40 @@ class Storage:
         for file in _files(folder):
             self.write(posixpath.join(path, file.relative_to(folder).as_posix()), file.read_bytes())
 
+    def scan(self, path: str) -> tuple[dict[str, int], tuple[str, ...]]:
+        """What lies in a folder: the bytes of its files, and its folders, by name, sorted; nothing where there is none.
+
+        A file's name that is not UTF-8 is written with surrogates, as Python writes it. Raises StorageError for such a folder.
+        """
+        files, folders = {}, []
+        for info in self.filesystem.get_file_info(fs.FileSelector(self.full(path), allow_not_found=True)):
+            try:
+                name = info.base_name
+            except UnicodeDecodeError as error:
+                name = posixpath.basename(os.fsdecode(error.object))
+                if info.type == fs.FileType.Directory:
+                    raise StorageError(
+                        f"{self.full(path)}: the folder {name!r} has a name that is not UTF-8; rename it"
+                    ) from None
+            if info.type == fs.FileType.File and not name.startswith(HIDDEN):
+                files[name] = info.size
+            elif info.type == fs.FileType.Directory:
+                folders.append(name)
+        return dict(sorted(files.items())), tuple(sorted(folders))
+
+    def walk(self, path: str = "", above: frozenset[str] = frozenset()) -> Iterator[tuple[str, dict[str, int]]]:
+        """(folder, bytes of its files by name) for every folder from `path` on, parents first, sorted; one folder in memory.
+
+        Symbolic links are followed, except to a folder that they lie in.
+        """
+        real = os.path.realpath(self.full(path)) if self.is_local else path
+        if real in above:
+            return
+        files, folders = self.scan(path)
+        yield path, files
+        for folder in folders:
+            yield from self.walk(posixpath.join(path, folder), above | {real})
+
     # Last of the class: in what follows, the annotation `list` would mean this method.
     def list(self, path: str, recursive: bool = False) -> list[str]:
         """Names of the files below `path`, relative to it, sorted; nothing where the folder does not exist."""
@@ -94,6 +143,20 @@ class Storage:
         prefix = self.full(path) + "/"
         found = (info.path for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
         return sorted(name.removeprefix(prefix) for name in found if not posixpath.basename(name).startswith(HIDDEN))
+
+
+def _connect(url: str) -> tuple[fs.FileSystem, str, fs.FileType]:
+    """The file system that a URL or path names, the path in it, and what is there. Raises StorageError."""
+    try:
+        if "://" in url:
+            filesystem, root = fs.FileSystem.from_uri(url)
+        else:
+            filesystem, root = fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
+        return filesystem, root.rstrip("/"), filesystem.get_file_info(root).type
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(
+            f"{url}: not a folder, s3://bucket/… or gs://bucket/… that can be reached ({error})"
+        ) from error
 
 
 class _Writer:

@@ -7,6 +7,8 @@ CLAIM = "_STARTED"  # written first; tells whose half-done work a folder holds
 
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
+REPEATS = "repeats.parquet"  # what left a shard because another has it
+LOCATIONS = "locations.json"  # of tars that are shards where they lie
 CENTROIDS = "centroids.npy"
 HISTORY = "history.json"
 QUALITY = "quality.json"

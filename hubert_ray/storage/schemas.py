@@ -11,7 +11,7 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-VERSION = 1  # part of every fingerprint: artifacts of another layout are stale, not misread
+VERSION = 2  # part of every fingerprint: artifacts of another layout are stale, not misread
 
 PHONE = pa.struct(
     [("start", pa.int32()), ("end", pa.int32()), ("phone", pa.string())]
@@ -23,19 +23,26 @@ MANIFEST = pa.schema(
         ("speaker", pa.string()),
         ("split", pa.string()),  # train | dev | test
         ("shard", pa.string()),  # name of the tar that holds the audio, without folder and suffix
-        ("offset", pa.int64()),  # of the compressed audio inside the tar, bytes
-        ("size", pa.int64()),  # of the compressed audio, bytes
+        ("offset", pa.int64()),  # of the compressed recording inside the tar, bytes; several rows may be ranges of one
+        ("size", pa.int64()),  # of the compressed recording, bytes
+        ("first", pa.int64()),  # where the utterance begins in its recording, samples at the stored rate
+        (
+            "stored_samples",
+            pa.int64(),
+        ),  # how many it has from there, at the stored rate; -1: the recording is the utterance
         ("samples", pa.int64()),  # length at 16 kHz after resampling
         ("sample_rate_hz", pa.int32()),  # of the stored audio
+        ("speech_share", pa.float32()),  # of a range, as voice activity has it; null for a whole recording
         ("text", pa.string()),  # transcript as the corpus has it; null where there is none
         ("phones", pa.list_(PHONE)),  # phone times; null where there is no alignment
+        ("digest", pa.binary(16)),  # of the decoded samples, before resampling
     ]
 )
 
 QUARANTINE = pa.schema(
     [
         ("source", pa.string()),  # file or member name, as far as it could be read
-        ("reason", pa.string()),  # one word; the vocabulary is data/audio.py and data/corpora.py
+        ("reason", pa.string()),  # one word; the vocabulary is data/audio.py, data/shards.py and data/corpora/
         ("detail", pa.string()),
     ]
 )

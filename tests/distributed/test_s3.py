@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from hubert_ray import pipeline
 from hubert_ray.config.cluster import Cluster
@@ -17,24 +15,6 @@ from hubert_ray.storage.filesystem import Storage
 from tests.conftest import SMOKE
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """URL of an empty bucket; the keys are in the URL, so workers that started earlier have them too."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        aws_access_key_id="k",
-        aws_secret_access_key="s",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="speech")
-    yield f"s3://k:s@speech/hubert?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
 
 
 def test_whole_or_absent(bucket):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from hubert_ray.config.recipe import Checks
 from hubert_ray.data import audio
 from hubert_ray.errors import AudioError
 
@@ -24,11 +25,16 @@ def tone(rate: int, seconds: float = 1.0) -> np.ndarray:
     return 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(rate * seconds)) / rate)
 
 
-def reason_of(data: bytes) -> str:
+def reason_of(data: bytes, **checks: float) -> str:
     with pytest.raises(AudioError) as caught:
-        audio.examine(data)
+        audio.examine(data, Checks(**checks))
     assert str(caught.value) == f"{caught.value.reason}: {caught.value.detail}"
     return caught.value.reason
+
+
+def length_of(data: bytes, **checks: float) -> tuple[int, int]:
+    recording = audio.examine(data, Checks(**checks))
+    return recording.samples, recording.rate
 
 
 # --- usable -----------------------------------------------------------------------------------------------------------
@@ -62,12 +68,25 @@ def test_other_rates_are_resampled_to_16_khz(rate):
 
 
 def test_examine_tells_length_at_16_khz_and_the_stored_rate():
-    assert audio.examine(encoded(NOISE)) == (16_000, 16_000)
-    assert audio.examine(encoded(tone(8_000, 0.5), 8_000)) == (8_000, 8_000)
+    assert length_of(encoded(NOISE)) == (16_000, 16_000)
+    assert length_of(encoded(tone(8_000, 0.5), 8_000)) == (8_000, 8_000)
 
 
-def test_one_frame_of_the_model_is_long_enough():
-    assert audio.examine(encoded(NOISE[:400])) == (400, 16_000)
+def test_the_digest_is_that_of_the_samples():
+    def digest(data: bytes) -> bytes:
+        return audio.examine(data, Checks()).digest
+
+    whole = (NOISE * 2**15).astype(np.int16)
+    same = {
+        digest(encoded(whole)),
+        digest(encoded(whole, kind="WAV")),
+        digest(encoded(whole / 2**15, kind="WAV", subtype="FLOAT")),
+    }
+    assert len(same) == 1
+    assert len(same.pop()) == 16
+    other = whole.copy()
+    other[8000] += 1
+    assert len({digest(encoded(whole)), digest(encoded(other)), digest(encoded(whole, 8_000))}) == 3
 
 
 # --- unusable ---------------------------------------------------------------------------------------------------------
@@ -144,11 +163,37 @@ def test_silent_is_any_constant(level):
     assert len(audio.decode(data)) == 16_000  # decodable all the same: the corpus refuses it, the codec does not
 
 
-def test_too_long(monkeypatch):
-    monkeypatch.setattr(audio, "MAX_SECONDS", 0.5)
-    assert reason_of(encoded(NOISE[:8001])) == "too_long"
-    assert reason_of(encoded(NOISE[:4001], 8_000)) == "too_long"  # seconds, not samples
-    assert audio.examine(encoded(NOISE[:8000])) == (8000, 16_000)
+@pytest.mark.parametrize(("level_db", "silent"), [(-69.5, False), (-70.5, True)])
+def test_silence_is_power_around_the_mean(level_db, silent):
+    wave = 0.05 + 10 ** (level_db / 20) * NOISE / NOISE.std()
+    data = encoded(wave, kind="WAV", subtype="FLOAT")
+    assert reason_of(data) == "silent" if silent else length_of(data)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_dc_offset(sign):
+    assert reason_of(encoded(NOISE + sign * 0.51, kind="WAV", subtype="FLOAT")) == "dc_offset"
+    assert length_of(encoded(NOISE + sign * 0.49, kind="WAV", subtype="FLOAT"))
+    assert reason_of(encoded(NOISE + sign * 0.11, kind="WAV", subtype="FLOAT"), max_dc_offset=0.1) == "dc_offset"
+
+
+@pytest.mark.parametrize("full", [1.0, -1.0, 1.5])
+def test_clipping_is_a_share_of_the_samples_of_all_channels(full):
+    wave = np.stack([NOISE, NOISE], axis=1)
+    wave[:1500, 1] = full * np.resize([1, -1], 1500)  # 4.7 % of both channels
+    assert length_of(encoded(wave, kind="WAV", subtype="FLOAT"))
+    wave[:1700, 1] = full * np.resize([1, -1], 1700)
+    assert reason_of(encoded(wave, kind="WAV", subtype="FLOAT")) == "clipped"
+    assert length_of(encoded(wave, kind="WAV", subtype="FLOAT"), max_clipped_share=0.06)
+
+
+def test_length_in_seconds():
+    assert reason_of(encoded(NOISE[:8001]), max_seconds=0.5) == "too_long"
+    assert reason_of(encoded(NOISE[:4001], 8_000), max_seconds=0.5) == "too_long"  # seconds, not samples
+    assert length_of(encoded(NOISE[:8000]), max_seconds=0.5) == (8000, 16_000)
+    assert reason_of(encoded(NOISE[:1599])) == "too_short"
+    assert length_of(encoded(NOISE[:1600])) == (1600, 16_000)
+    assert length_of(encoded(NOISE[:400]), min_seconds=0.001) == (400, 16_000)  # one frame of the model
 
 
 @pytest.mark.parametrize("rate", [44_101, 2_000_003])

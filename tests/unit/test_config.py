@@ -71,7 +71,7 @@ def test_overrides_reach_nested_settings_by_name():
         ("finetune.sweep.trials=0", "expected int >= 1"),
         ("finetune=false", "decode off too"),
         ("corpus.train_speakers=-3", "expected int >= 1"),
-        ("corpus.kind=librspeech", "there are embedded, librispeech, folder; did you mean 'librispeech'"),
+        ("corpus.kind=librspeech", "there are embedded, librispeech, .*webdataset; did you mean 'librispeech'"),
         ("iterations.iter2.teacher.kind=mffc", "did you mean 'mfcc'"),
         ("iterations.iter1.kmeans.clusters=[100]", "clusters = .*length >= 2"),
         ("iterations.iter1.kmeans.clusters=[100, 1]", "clusters.* = 1: expected int >= 2"),
@@ -222,12 +222,14 @@ def test_fingerprints_change_with_settings_and_flow_downstream_only(tmp_path):
     assert not changed & {"prepare_data", "iter1/learn_kmeans", "iter1/assign_labels", "iter1/pretrain"}
 
 
-def test_storage_place_is_no_part_of_identity(tmp_path):
-    def fingerprints(path):
-        recipe = load_recipe("hubert_base_ls960", [f"corpus.path={path}"])
+@pytest.mark.parametrize("kind", ["librispeech", "folder", "table", "parquet", "webdataset"])
+def test_storage_place_is_no_part_of_identity(tmp_path, kind):
+    def fingerprints(path, checks=""):
+        recipe = load_recipe("demo", [f'corpus={{kind="{kind}", name="c", path="{path}"{checks}}}'])
         return [p.artifact.identity.fingerprint for p in pipeline.plan(recipe, Storage(str(tmp_path)))]
 
     assert fingerprints("/one") == fingerprints("/two")
+    assert fingerprints("/one") != fingerprints("/one", ", checks={max_seconds=30.0}")
 
 
 def test_paper_numbers_of_the_presets():

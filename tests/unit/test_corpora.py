@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from hubert_ray.config.recipe import AudioFolder, LibriSpeech
+from hubert_ray.config.recipe import AudioFolder, Checks, LibriSpeech
 from hubert_ray.data import audio
-from hubert_ray.data.corpora import AudioFolderSource, Group, LibriSpeechSource, open_source, plan_shards
+from hubert_ray.data.corpora import open_source, plan_shards
+from hubert_ray.data.corpora.source import Group
+from hubert_ray.data.corpora.trees import AudioFolderSource, LibriSpeechSource
 from hubert_ray.data.shards import RawUtterance, Rejected, write_shard
 from hubert_ray.errors import CorpusError
 from hubert_ray.storage.filesystem import Storage
@@ -22,7 +24,7 @@ from hubert_ray.storage.filesystem import Storage
 
 def flac(seed: int) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, 0.1 * np.random.default_rng(seed).standard_normal(1000 + seed), 16_000, format="FLAC")
+    soundfile.write(buffer, 0.1 * np.random.default_rng(seed).standard_normal(2000 + seed), 16_000, format="FLAC")
     return buffer.getvalue()
 
 
@@ -255,12 +257,24 @@ def test_the_real_tree():
         assert (item.speaker, item.split) == ("26", "dev")
         assert item.utterance_id.startswith("26-")
         assert item.text
-        samples, rate = audio.examine(item.audio)
-        assert rate == 16_000
+        recording = audio.examine(item.audio, Checks())
+        assert recording.rate == 16_000
         if alignments.is_dir():
             assert item.phones
             assert item.phones[0][0] == 0
-            assert item.phones[-1][1] <= samples
+            assert item.phones[-1][1] <= recording.samples
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no LibriSpeech at {REAL}; name one with HUBERT_RAY_LIBRISPEECH")
+def test_the_checks_let_the_real_tree_in():
+    digests = set()
+    opened = source(REAL)
+    for group in opened.groups():
+        for item in opened.read(group):
+            assert isinstance(item, RawUtterance)
+            digests.add(audio.examine(item.audio, Checks()).digest)
+    assert len(digests) == 615
 
 
 # --- any folder -------------------------------------------------------------------------------------------------------
@@ -319,7 +333,7 @@ def test_splits_speakers_and_texts_of_a_folder(tmp_path):
         ("train/anna/a", "anna", "train", "HELLO WORLD"),
         ("train/anna/deep/b", "anna", "train", None),
     ]
-    assert [(r.source, r.reason) for r in rejected] == [("c", "bad_transcript")]
+    assert [(r.source, r.reason) for r in rejected] == [("dev-clean/ben/c", "bad_transcript")]
 
 
 def test_speakers_of_a_folder_are_moved_and_must_be_there(tmp_path):

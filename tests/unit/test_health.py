@@ -14,7 +14,7 @@ import torch
 
 from hubert_ray import health
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import Kmeans, Pretrain
+from hubert_ray.config.recipe import Checks, Kmeans, Pretrain
 from hubert_ray.config.sizes import BASE, LARGE, TINY, XLARGE
 from hubert_ray.data.frames import mfcc_frames_of
 from hubert_ray.data.shards import RawUtterance, write_shard
@@ -60,7 +60,8 @@ class Run:
         self.fitted = 20 * 98
 
     def seal_corpus(self) -> None:
-        tables = write_shard(self.storage, self.corpus.path, "train-00000", self.utterances)
+        lax = Checks(reject_duplicates=False)
+        tables = write_shard(self.storage, self.corpus.path, "train-00000", self.utterances, lax)
         self.storage.write(self.corpus.file(layout.MANIFEST), schemas.encode(tables.manifest))
         self.corpus.seal({"utterances": tables.manifest.num_rows, "quarantined": self.quarantined})
         rng = np.random.default_rng(0)

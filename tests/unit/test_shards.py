@@ -33,7 +33,7 @@ def utterance(name: str, seed: int, **fields) -> RawUtterance:
 UTTERANCES = [
     utterance("a", 0, text="HELLO", phones=[(0, 800, "HH"), (800, 2000, "AH")]),
     utterance(LONG, 1),
-    RawUtterance("b", "s2", "dev", "wav", flac(2, 1024 - 22, "WAV"), text="GRÜN"),  # 2048 bytes: no padding in the tar
+    RawUtterance("b", "s2", "dev", "wav", flac(2, 2048 - 22, "WAV"), text="GRÜN"),  # 4096 bytes: no padding in the tar
     utterance("c", 3, text=""),
 ]
 
@@ -78,7 +78,7 @@ def test_manifest_row_holds_all_that_is_known(storage):
     assert (first["samples"], first["sample_rate_hz"], first["size"]) == (2000, 16_000, len(UTTERANCES[0].audio))
     assert first["phones"] == [{"start": 0, "end": 800, "phone": "HH"}, {"start": 800, "end": 2000, "phone": "AH"}]
     assert (second["text"], second["phones"]) == (None, None)
-    assert (third["split"], third["text"], third["samples"]) == ("dev", "GRÜN", 1002)
+    assert (third["split"], third["text"], third["samples"]) == ("dev", "GRÜN", 2026)
 
 
 def test_samples_are_those_of_the_decoded_wave_at_16_khz(storage):
@@ -194,6 +194,6 @@ def test_manifest_selects(storage):
     assert len(manifest) == 4
     assert manifest.split("dev").table["utterance_id"].to_pylist() == ["b"]
     assert manifest.transcribed().table["utterance_id"].to_pylist() == ["a", "b", "c"]
-    assert manifest.numbers("samples").tolist() == [2000, 2137, 1002, 2411]
+    assert manifest.numbers("samples").tolist() == [2000, 2137, 2026, 2411]
     assert manifest.shards() == ["train-00000"]
     assert Manifest.read(storage, CORPUS, ["speaker"]).table.column_names == ["speaker"]

@@ -52,6 +52,37 @@ def test_half_written_file_is_not_listed(tmp_path):
     assert storage.list("folder") == ["file"]
 
 
+def test_a_walk_sees_every_folder_once_whatever_links_there_are(tmp_path):
+    for name in ("b/two.bin", "a/one.bin", "a/deep/three.bin"):
+        Storage(str(tmp_path)).write(name, b"12345"[: len(name) % 5])
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert list(Storage(str(tmp_path)).walk()) == [
+        ("", {}),
+        ("a", {"one.bin": 4}),
+        ("a/deep", {"three.bin": 1}),
+        ("b", {"two.bin": 4}),
+        ("c", {"two.bin": 4}),
+    ]
+    assert Storage(str(tmp_path)).scan("a") == ({"one.bin": 4}, ("deep", "loop"))
+    assert Storage(str(tmp_path)).scan("nowhere") == ({}, ())
+
+
+def test_a_place_is_a_folder_or_a_file_in_one(tmp_path, monkeypatch):
+    Storage(str(tmp_path)).write("a/table.csv", b"1")
+    monkeypatch.chdir(tmp_path)
+    for place in ("a/table.csv", str(tmp_path / "a" / "table.csv"), (tmp_path / "a" / "table.csv").as_uri()):
+        storage, name = Storage.of(place)
+        assert (storage.read(name), name) == (b"1", "table.csv")
+    storage, name = Storage.of("a")
+    assert (storage.root, name) == (str(tmp_path / "a"), "")
+    with pytest.raises(StorageError, match="no such folder or file"):
+        Storage.of("b")
+    with pytest.raises(StorageError, match="is a file"):
+        Storage("a/table.csv")
+
+
 def test_storage_pickles_to_the_same_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packed = pickle.dumps(Storage("here"))

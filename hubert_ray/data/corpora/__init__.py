@@ -1,0 +1,56 @@
+"""Which recordings make up a corpus? Sources list groups of utterances; groups are packed into shards by size.
+
+Extension point: a new source is a class with `groups()` (cheap: names and sizes only) and `read(group)` (the bytes), a
+settings struct in config/recipe.py, and a line in `open_source`. What lies in a folder or a bucket derives from
+`source.Placed`, which finds, reads and names files on either. A group is the smallest piece that one worker reads alone: a
+chapter, a row group, five hundred lines of a table. What `read` cannot use it yields as `Rejected`; the rest of the group
+goes on. Whether audio is usable is not the source's business (`data/audio.py`, by the corpus's `Checks`), nor whether it
+was there before (`data/shards.py` within a shard, `data/repeats.py` between shards).
+
+    trees.py    LibriSpeech, Libri-light; any folder of recordings
+    tables.py   CSV, TSV and JSONL tables of paths; Parquet with the audio in a column
+    tars.py     WebDataset tars, indexed where they lie
+    embedded.py the synthetic corpus
+"""
+
+from __future__ import annotations
+
+from hubert_ray.config.recipe import AudioFolder, AudioTable, Corpus, EmbeddedCorpus, LibriSpeech, Parquet, WebDataset
+from hubert_ray.data.corpora.embedded import EmbeddedSource
+from hubert_ray.data.corpora.source import SPLITS, Group, Source
+from hubert_ray.data.corpora.tables import AudioTableSource, ParquetSource
+from hubert_ray.data.corpora.tars import WebDatasetSource
+from hubert_ray.data.corpora.trees import AudioFolderSource, LibriSpeechSource
+
+
+def open_source(corpus: Corpus) -> Source:
+    """The source of a corpus. Raises CorpusError where it is missing or not of its kind."""
+    match corpus:
+        case EmbeddedCorpus():
+            return EmbeddedSource(corpus)
+        case LibriSpeech():
+            return LibriSpeechSource(corpus)
+        case AudioFolder():
+            return AudioFolderSource(corpus)
+        case AudioTable():
+            return AudioTableSource(corpus)
+        case Parquet():
+            return ParquetSource(corpus)
+        case WebDataset():
+            return WebDatasetSource(corpus)
+
+
+def plan_shards(groups: list[Group], shard_bytes: int) -> dict[str, list[Group]]:
+    """Shard name -> its groups: each split's groups in order of their names, a new shard when one is full.
+
+    Depends on the corpus only, so the same shards come out on any number of workers. With 0 bytes every group is a shard.
+    """
+    shards: dict[str, list[Group]] = {}
+    for split in SPLITS:
+        number, filled = -1, 0
+        for group in sorted((g for g in groups if g.split == split), key=lambda g: g.name):
+            if number < 0 or not shard_bytes or (filled and filled + group.bytes > shard_bytes):
+                number, filled = number + 1, 0
+            shards.setdefault(f"{split}-{number:05d}", []).append(group)
+            filled += group.bytes
+    return shards

@@ -1,0 +1,185 @@
+"""Which recordings lie in a tree of folders? LibriSpeech's and Libri-light's layout, and any other."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+from collections.abc import Iterator
+
+import msgspec
+
+from hubert_ray.config.recipe import AudioFolder, LibriSpeech
+from hubert_ray.data.corpora.source import SUFFIXES, Group, Placed, one_line, split_of
+from hubert_ray.data.shards import RawUtterance, Rejected, is_text
+from hubert_ray.errors import AudioError, CorpusError, StorageError
+from hubert_ray.storage.filesystem import Storage
+
+
+class LibriSpeechSource(Placed):
+    """`<subset>/<speaker>/<chapter>/<recording>.flac`, with `*.trans.txt` (LibriSpeech) or `<recording>.json` (Libri-light).
+
+    A group is a chapter. LibriSpeech's recordings are named `<speaker>-<chapter>-<n>`, which is their id; the id of any other
+    is its path below the subset, since Libri-light's books repeat names. A missing transcript leaves an utterance without
+    text. Phone times, where `alignments` has the same tree with `<recording>.phn` files of `start end phone` lines in
+    samples, are read along.
+    """
+
+    def __init__(self, corpus: LibriSpeech):
+        super().__init__(corpus, "the folder that holds train-clean-100 …")
+        self.shard_bytes = corpus.shard_mib * 2**20
+        self._alignments: Storage | None = None
+        if corpus.alignments:
+            try:
+                self._alignments, _ = Storage.of(corpus.alignments)
+            except StorageError as error:
+                raise CorpusError(f"corpus.alignments: {error}; expected a folder of .phn files") from error
+
+    def groups(self) -> list[Group]:
+        groups, speakers = [], set()
+        for folder, files in self.storage.walk():
+            sizes = [size for name, size in files.items() if name.endswith(".flac")]
+            if sizes and folder.count("/") == 2:
+                subset, speaker, _ = folder.split("/")
+                groups.append(Group(folder, self.split(subset, speaker), sum(sizes)))
+                speakers.add(speaker)
+        if not groups:
+            raise CorpusError(
+                f"'{self.storage.url}' has no <subset>/<speaker>/<chapter>/*.flac. Expected LibriSpeech's layout; "
+                "give the folder that holds subsets such as train-clean-100"
+            )
+        self.check_moved(speakers)
+        return groups
+
+    def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
+        _, speaker, chapter = group.name.split("/")
+        files, _ = self.storage.scan(group.name)
+        texts: dict[str, str] = {}
+        for name in files:
+            if name.endswith(".trans.txt"):
+                try:
+                    texts |= _transcripts(self.text(f"{group.name}/{name}"))
+                except AudioError as error:
+                    yield Rejected(name, error.reason, error.detail)
+        for name in files:
+            stem, suffix = posixpath.splitext(name)
+            if suffix != ".flac":
+                continue
+            text = texts.pop(stem, None)
+            utterance_id = stem if stem.startswith(f"{speaker}-{chapter}-") else f"{speaker}/{chapter}/{stem}"
+            try:
+                audio = self.recording(f"{group.name}/{name}")
+            except AudioError as error:
+                yield Rejected(utterance_id if is_text(name) else repr(name), error.reason, error.detail)
+                continue
+            reader, speech = speaker, None
+            if f"{stem}.json" in files:
+                try:
+                    reader, speech = _metadata(self.recording(f"{group.name}/{stem}.json"), speaker)
+                except (AudioError, ValueError) as error:
+                    yield Rejected(f"{stem}.json", "bad_metadata", f"{error}; the folder's speaker is used")
+            phones = None
+            try:
+                phones = self._phones(f"{group.name}/{stem}.phn")
+            except (AudioError, ValueError) as error:
+                yield Rejected(stem, "bad_alignment", f"{stem}.phn: {error}; the audio is used without phones")
+            yield RawUtterance(utterance_id, reader, group.split, "flac", audio, text, phones, speech=speech)
+        for name in texts:
+            yield Rejected(name, "no_audio", f"{group.name} has a transcript but no recording of it")
+
+    def _phones(self, path: str) -> list[tuple[int, int, str]] | None:
+        """Raises ValueError where the file is not what it should be."""
+        if self._alignments is None:
+            return None
+        try:
+            lines = self._alignments.read(path).decode("utf-8").splitlines()
+        except FileNotFoundError:
+            return None
+        rows = [line.split() for line in lines if line.strip()]
+        phones = [(int(start), int(end), phone) for start, end, phone in rows]
+        times = [time for start, end, _ in phones for time in (start, end)]
+        if times != sorted(times) or (times and not 0 <= times[0] <= times[-1] < 2**31):
+            raise ValueError("times must rise from 0 on, in samples")
+        return phones
+
+
+def _transcripts(text: str) -> dict[str, str]:
+    """Recording -> transcript of a chapter's lines."""
+    return {name: words for name, _, words in (line.partition(" ") for line in text.splitlines()) if words.strip()}
+
+
+def _metadata(metadata: bytes, folder: str) -> tuple[str, list[tuple[float, float]] | None]:
+    """(speaker, voice activity in seconds) of a recording of Libri-light. Raises ValueError where the JSON is broken."""
+    found = msgspec.json.decode(metadata)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}, expected an object")
+    speaker = found.get("speaker")
+    speech = msgspec.convert(found.get("voice_activity"), list[tuple[float, float]] | None)
+    if speech and not all(0 <= onset <= offset < math.inf for onset, offset in speech):
+        raise ValueError("voice_activity: each is an onset and an offset in seconds")
+    return (str(speaker) if isinstance(speaker, str | int) and str(speaker) else folder), speech
+
+
+class AudioFolderSource(Placed):
+    """Any tree of audio files. A group is a folder's recordings, or some of them where there are many."""
+
+    FILES_A_GROUP = 500
+
+    def __init__(self, corpus: AudioFolder):
+        super().__init__(corpus, "the folder that holds the recordings")
+        self.shard_bytes = corpus.shard_mib * 2**20
+
+    def groups(self) -> list[Group]:
+        groups, speakers = [], set()
+        for folder, files in self.storage.walk():
+            subset, speaker = _place(folder)
+            found = _recordings_and_lone_texts(list(files))
+            for number, start in enumerate(range(0, len(found), self.FILES_A_GROUP)):
+                chosen = tuple(found[start : start + self.FILES_A_GROUP])
+                size = sum(files[name] for name in chosen)
+                groups.append(Group(f"{folder}#{number:05d}", self.split(subset, speaker), size, chosen))
+                speakers.add(speaker)
+        if not groups:
+            raise CorpusError(f"'{self.storage.url}' holds no {', '.join(SUFFIXES)} files")
+        self.check_moved(speakers)
+        return groups
+
+    def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
+        folder = group.name.rpartition("#")[0]
+        _, speaker = _place(folder)
+        there, _ = self.storage.scan(folder)
+        for name in group.files:
+            utterance_id, suffix = posixpath.splitext(posixpath.join(folder, name))
+            if suffix == ".txt":
+                yield Rejected(utterance_id, "no_audio", f"there is '{name}' but no recording of that name")
+                continue
+            try:
+                audio = self.recording(posixpath.join(folder, name))
+            except AudioError as error:
+                yield Rejected(utterance_id if is_text(name) else repr(name), error.reason, error.detail)
+                continue
+            text = None
+            if f"{posixpath.splitext(name)[0]}.txt" in there:
+                try:
+                    text = one_line(self.text(f"{utterance_id}.txt"))
+                except AudioError as error:
+                    yield Rejected(utterance_id, error.reason, error.detail)
+            yield RawUtterance(utterance_id, speaker, group.split, suffix[1:].lower(), audio, text)
+
+
+def _recordings_and_lone_texts(names: list[str]) -> list[str]:
+    """The recordings of a folder, and, where it has any, the transcripts that belong to none of them."""
+    seen = [name for name in names if not name.startswith(".")]
+    recordings = {name: posixpath.splitext(name)[0] for name in seen if name.lower().endswith(SUFFIXES)}
+    stems = set(recordings.values())
+    return [
+        name
+        for name in seen
+        if name in recordings or (recordings and name.endswith(".txt") and name.removesuffix(".txt") not in stems)
+    ]
+
+
+def _place(folder: str) -> tuple[str, str]:
+    """(subset, speaker) of a folder's recordings; "" where no folder names them."""
+    parts = folder.split("/") if folder else []
+    subset, rest = (parts[0], parts[1:]) if parts and split_of(parts[0]) else ("", parts)
+    return subset, rest[0] if rest else ""
