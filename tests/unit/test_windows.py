@@ -61,12 +61,15 @@ def by_definition(labeller: Labeller, wave_S: np.ndarray, windows: Windows = WIN
     """Frame by frame: the first window whose kept part has frame t gives its unit."""
     frames, hop = labeller.frames(len(wave_S)), windows.frames - 2 * windows.context
     count = max(1, -(-(frames - windows.frames) // hop) + 1)
+    of_window: dict[int, np.ndarray] = {}
     units = []
     for t in range(frames):
         k = min(max(0, (t - windows.context) // hop), count - 1)
         start = k * hop * labeller.stride
         samples = labeller.stride * (windows.frames - 1) + 400 if k < count - 1 else len(wave_S)
-        units.append(int(labeller(wave_S[start : start + samples])[t - k * hop]))
+        if k not in of_window:
+            of_window[k] = labeller(wave_S[start : start + samples])
+        units.append(int(of_window[k][t - k * hop]))
     return units
 
 
@@ -127,8 +130,7 @@ def test_windows_of_mfcc_with_context_are_the_whole():
     extract, _, frames = TEACHERS["mfcc"]
     whole_FD = extract([NOISE])[0]
     for context, equal in ((4, True), (3, False)):
-        windows, kept = Windows(frames=13, context=context), []
-        stream = UnitStream(lambda wave_S: extract([wave_S])[0], MFCC_STRIDE, windows)
+        stream = UnitStream(lambda wave_S: extract([wave_S])[0], MFCC_STRIDE, Windows(frames=13, context=context))
         kept = [stream.push(NOISE), stream.close()]
         assert sum(map(len, kept)) == frames(len(NOISE))
         assert np.array_equal(np.concatenate(kept), whole_FD) == equal
