@@ -13,7 +13,8 @@ A bundle holds `bundle.json`, `centroids.npy`, and for a layer of a model that m
 all of them are right: a layer that was edited, centroids of another run or weights that were cut short are refused by name.
 
 The units of an utterance are those that the stage assign_labels wrote for it, computed by the same code from the same
-numbers. Another kind of processor rounds otherwise, which can move a frame that lies halfway between two centroids.
+numbers. Another processor, or another number of threads, rounds otherwise, which can move a frame that lies halfway between two
+centroids.
 Notation: S samples at 16 kHz, F frames at the label rate, K clusters, D width.
 """
 
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubert_ray.config.recipe import Layer, Teacher
+from hubert_ray.config.recipe import Layer, Mfcc, Teacher
 from hubert_ray.data.frames import SAMPLE_RATE
 from hubert_ray.data.shards import Manifest
 from hubert_ray.errors import HubertRayError
@@ -44,11 +45,15 @@ from hubert_ray.units.kmeans import assign
 from hubert_ray.units.windows import UnitStream, Windows
 
 CARD = "bundle.json"
-CONVENTIONS = {
-    "mfcc": "13 Kaldi MFCC with two deltas; 25 ms windows every 10 ms",
-    "layer": "output of a block after its residual (and its norm in post-norm models), counted from 1; 0: input of block 1",
+CONVENTIONS: dict[type, str] = {
+    Mfcc: "13 Kaldi MFCC with two deltas; 25 ms windows every 10 ms",
+    Layer: "output of a block after its residual (and its norm in post-norm models), counted from 1; 0: input of block 1",
 }
-LABEL_RATES_HZ = {"mfcc": MfccExtractor.frame_rate_hz, "layer": LayerExtractor.frame_rate_hz}
+LABEL_RATES_HZ: dict[type, int] = {Mfcc: MfccExtractor.frame_rate_hz, Layer: LayerExtractor.frame_rate_hz}
+FILES: dict[type, tuple[str, ...]] = {
+    Mfcc: (layout.CENTROIDS,),
+    Layer: (layout.CENTROIDS, layout.MODEL_CONFIG, layout.MODEL),
+}
 WINDOW_SECONDS = 30.0
 CONTEXT_SECONDS = 5.0
 
@@ -68,12 +73,11 @@ class BundleCard(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `bundle.json`."""
 
     format: Literal[1] = 1
-    teacher: Literal["mfcc", "layer"]
-    layer: int | None  # None: MFCC
-    convention: str
+    teacher: Teacher
+    convention: str  # what the teacher's settings mean
     label_rate_hz: int
     clusters: int
-    dim: int
+    dim: int  # of the teacher's features
     windows: Windows
     made_from: dict[str, Origin]  # by role: "codebook", "corpus", and "teacher" for a layer
     versions: dict[str, str]  # of the libraries that the codebook was made with
@@ -158,18 +162,15 @@ def make_bundle(
     target = Storage(folder)
     if found := target.list("", recursive=True):
         raise BundleError(f"{folder}: found {len(found)} files, such as {found[0]}, expected none; give another folder")
-    kind: Literal["mfcc", "layer"] = "layer" if isinstance(teacher, Layer) else "mfcc"
+    kind = type(teacher)
     if window_seconds is None:
         samples_N = Manifest.read(inputs["corpus"].storage, inputs["corpus"].path, ["samples"]).numbers("samples")
         window_seconds = max(WINDOW_SECONDS, int(samples_N.max()) / SAMPLE_RATE)
     windows = _windows(window_seconds, context_seconds, LABEL_RATES_HZ[kind])
     clusters, dim = _centroids(codebook.read(layout.CENTROIDS)).shape
-    pieces = {layout.CENTROIDS: codebook}
-    if kind == "layer":
-        pieces |= {layout.MODEL_CONFIG: inputs["teacher"], layout.MODEL: inputs["teacher"]}
+    pieces = {name: codebook if name == layout.CENTROIDS else inputs["teacher"] for name in FILES[kind]}
     card = BundleCard(
-        teacher=kind,
-        layer=teacher.layer if isinstance(teacher, Layer) else None,
+        teacher=teacher,
         convention=CONVENTIONS[kind],
         label_rate_hz=LABEL_RATES_HZ[kind],
         clusters=clusters,
@@ -214,19 +215,22 @@ def load_units(path: str | Path, device: str | torch.device = "cpu") -> UnitBund
         for name, expected in card.sha256.items():
             _check_digest(folder / name, expected)
         centroids_KD = _centroids((folder / layout.CENTROIDS).read_bytes())
-        if centroids_KD.shape != (card.clusters, card.dim):
+        extractor = _extractor(card.teacher, folder, device)
+        if centroids_KD.shape != (card.clusters, card.dim) or card.dim != extractor.dim:
             raise BundleError(
-                f"{layout.CENTROIDS}: found {centroids_KD.shape}, {CARD} says {(card.clusters, card.dim)}"
+                f"{layout.CENTROIDS}: found {centroids_KD.shape}, {CARD} says {(card.clusters, card.dim)}, and the teacher's "
+                f"features are {extractor.dim} wide: this is another teacher's codebook"
             )
-        if card.layer is None:
-            return UnitBundle(card, centroids_KD, MfccExtractor())
-        model = SpeechModel(files.read(folder), device)
-        if card.layer > model.size.layers or card.dim != model.size.dim:
-            raise BundleError(
-                f"{layout.MODEL}: found {model.size.layers} layers {model.size.dim} wide; {layout.CENTROIDS} were learnt from "
-                f"layer {card.layer}, {card.dim} wide. This is another model's codebook"
-            )
-        return UnitBundle(card, centroids_KD, LayerExtractor(model.encoder, card.layer))
+        return UnitBundle(card, centroids_KD, extractor)
+
+
+def _extractor(teacher: Teacher, folder: Path, device: str | torch.device) -> FeatureExtractor:
+    if isinstance(teacher, Mfcc):
+        return MfccExtractor()
+    model = SpeechModel(files.read(folder), device)
+    if teacher.layer > model.size.layers:
+        raise BundleError(f"{layout.MODEL}: found {model.size.layers} layers, {CARD} names layer {teacher.layer}")
+    return LayerExtractor(model.encoder, teacher.layer)
 
 
 def _card(file: Path) -> BundleCard:
@@ -245,11 +249,11 @@ def _card(file: Path) -> BundleCard:
             f"{file}: was altered: its digest is {card.digest[:16]}, its content's {card.own_digest()[:16]}. Layer, rate, windows "
             "and digests belong together; copy the bundle again, or make another one"
         )
-    names = {layout.CENTROIDS} | ({layout.MODEL, layout.MODEL_CONFIG} if card.teacher == "layer" else set())
-    facts = (card.convention, card.label_rate_hz, card.layer is None, set(card.sha256))
-    expected = (CONVENTIONS[card.teacher], LABEL_RATES_HZ[card.teacher], card.teacher == "mfcc", names)
-    if facts != expected:
-        raise BundleError(f"{file}: found convention, label rate, no layer and files {facts}, expected {expected}")
+    kind = type(card.teacher)
+    found = (card.convention, card.label_rate_hz, sorted(card.sha256))
+    expected = (CONVENTIONS[kind], LABEL_RATES_HZ[kind], sorted(FILES[kind]))
+    if found != expected:
+        raise BundleError(f"{file}: found convention, label rate and files {found}, expected {expected}")
     return card
 
 

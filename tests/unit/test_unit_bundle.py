@@ -90,7 +90,7 @@ def made(request, tmp_path):
 def test_units_of_a_window_and_of_more(made):
     folder, card, one_pass = made
     bundle = hubert_ray.load_units(folder)
-    frames, stride = (mfcc_frames_of, 160) if card.teacher == "mfcc" else (frames_of, 320)
+    frames, stride = (mfcc_frames_of, 160) if card.teacher == Mfcc() else (frames_of, 320)
     assert bundle.label_rate_hz == 16_000 // stride == card.windows.frames
     for samples in (400, 9_000, 16_399):  # up to 1 s of frames
         assert np.array_equal(bundle.units(NOISE[:samples]), one_pass(NOISE[:samples]))
@@ -128,7 +128,7 @@ def test_a_bundle_says_where_it_came_from_and_opens_as_a_model(made):
     assert card.made_from["codebook"].path == "runs/r0/iter1/learn_kmeans"
     assert card.made_from["corpus"].fingerprint == Identity("c0", {}, {}).fingerprint
     assert str(folder.parent) not in (folder / CARD).read_text()
-    if card.teacher == "layer":
+    if card.teacher != Mfcc():
         assert "teacher" in card.made_from
         assert hubert_ray.load(folder).size.dim == card.dim
 
@@ -165,7 +165,7 @@ def test_every_altered_piece_is_refused_by_name(made):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("layer", 2),
+        ("teacher", {"kind": "layer", "of": "public/m", "layer": 2}),
         ("label_rate_hz", 25),
         ("clusters", 5),
         ("windows", {"frames": 20, "context": 2}),
@@ -196,10 +196,10 @@ def test_pieces_of_other_bundles(tmp_path):
     one = artifacts(Storage(str(tmp_path / "s")), SMALL, seed=1)
     two = artifacts(Storage(str(tmp_path / "s")), wide, seed=2)
     make_bundle(one[0], one[1], two[2], str(tmp_path / "mixed"))
-    with pytest.raises(BundleError, match="another model's codebook"):
+    with pytest.raises(BundleError, match="another teacher's codebook"):
         load_units(tmp_path / "mixed")
     for name, change in (
-        ("layer", {"layer": 3}),
+        ("layer", {"teacher": Layer(of="public/m", layer=3)}),
         ("rate", {"label_rate_hz": 100}),
         ("convention", {"convention": "?"}),
     ):
