@@ -140,7 +140,7 @@ def test_layer_of_a_model_in_train_mode_has_no_dropout():
     assert np.array_equal(first[0], second[0])
 
 
-def test_normalize_is_per_whole_utterance_before_padding():
+def test_normalize_is_per_whole_utterance():
     hubert = model(SIZES["layer"])
     several = waves(6000, 3000)
     wanted = layer_of(hubert, 1, normalize=False)([normalise(wave_S) for wave_S in several])

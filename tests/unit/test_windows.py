@@ -85,7 +85,7 @@ pieces_of = st.lists(st.sampled_from([0, 1, 7, 160, 319, 320, 400, 401, 5000]), 
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_stream_gives_the_units_of_the_whole(teacher, data):
     labeller = Labeller(teacher)
