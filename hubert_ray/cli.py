@@ -1,4 +1,5 @@
-"""What can be typed? hubert-ray plan | run | <stage> | show | doctor | presets | remove | import | export.
+"""What can be typed? hubert-ray plan | run | <stage> | show | doctor | presets | remove | import | export |
+bundle | units | extract_features.
 
     hubert-ray run --recipe demo --storage ./runs
     hubert-ray plan --recipe mine.toml --set iterations.iter1.pretrain.steps=2000
@@ -11,6 +12,8 @@ one message, without a traceback.
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 import time
 
@@ -45,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         return options.command(options) or 0
     except HubertRayError as error:
         print(f"hubert-ray: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `hubert-ray units … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
         return 1
     except KeyboardInterrupt:
         print("hubert-ray: interrupted; the same command goes on from what is sealed", file=sys.stderr)
@@ -82,6 +88,37 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("format", choices=("hugging_face", "fairseq", "s3prl", "torchaudio", "hubert_ray"))
     export.add_argument("folder", help="where to write it")
     export.set_defaults(command=_export)
+    bundle = _command(
+        commands, "bundle", _bundle, "put a codebook and its teacher into one folder that turns audio into units"
+    )
+    bundle.add_argument("folder", help="where to write it: a new folder or URL")
+    bundle.add_argument("--of", metavar="NAME", help="iteration whose codebook it is, such as iter2")
+    bundle.add_argument(
+        "--window-seconds", type=float, help="audio up to here is one pass (default: 30, or the longest utterance)"
+    )
+    bundle.add_argument(
+        "--context-seconds", type=float, default=5.0, help="of each side of a window, not kept (default: 5)"
+    )
+    units = commands.add_parser(
+        "units", help="turn audio into units with a bundle; exit code 1 if a recording cannot be used"
+    )
+    units.add_argument("--bundle", required=True, help="folder, s3://… or gs://… URL")
+    units.add_argument(
+        "--audio", required=True, nargs="+", help="files, folders, or - for one recording on standard input"
+    )
+    units.add_argument(
+        "--deduplicate", action="store_true", help="runs of one unit become one, with durations in frames"
+    )
+    units.add_argument("--output", default="-", help="file or URL named .jsonl or .parquet (default: lines on stdout)")
+    units.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
+    units.set_defaults(command=_units)
+    extract = _command(
+        commands, "extract_features", _extract_features, "write features of the recipe's corpus, for other tools"
+    )
+    extract.add_argument("name", help="the artifact's: runs/<run>/extract_features/<name>")
+    extract.add_argument("--model", required=True, help="mfcc, or a file, folder or URL of a model")
+    extract.add_argument("--layer", type=int, help="of a model: counted from 1; 0 is the input of the first block")
+    extract.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="(default: float16)")
     remove = commands.add_parser("remove", help="delete an artifact, a run or a corpus from storage")
     remove.add_argument("path", help="as messages name it, such as runs/demo/iter2 or corpora/embedded")
     remove.add_argument("--storage", default="storage", help="folder or URL (default: ./storage)")
@@ -133,17 +170,19 @@ class _Connection:
 
 
 def _stage(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.set)
-    names = [stage.name for stage in pipeline.unroll(recipe) if stage.kind == options.stage]
-    if options.of:
-        names = [name for name in names if options.of in name.split("/")]
+    _run(options, _name_of_stage(load_recipe(options.recipe, options.set), options.stage, options.of))
+
+
+def _name_of_stage(recipe: Recipe, kind: str, of: str | None) -> str:
+    """The one stage of this kind, or the one of them that `of` names."""
+    there = [stage.name for stage in pipeline.unroll(recipe) if stage.kind == kind]
+    names = [name for name in there if of is None or of in name.split("/")]
     if len(names) != 1:
-        there = [stage.name for stage in pipeline.unroll(recipe) if stage.kind == options.stage]
         raise RecipeError(
-            f"{options.stage}{f' --of {options.of}' if options.of else ''} names {len(names)} stages; this recipe has "
+            f"{kind}{f' --of {of}' if of else ''} names {len(names)} stages; this recipe has "
             f"{', '.join(there) or 'none of this kind'}. Say which with --of, such as --of iter1 or --of pretrained"
         )
-    _run(options, names[0])
+    return names[0]
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -219,6 +258,40 @@ def _export(options: argparse.Namespace) -> None:
 
     for file in load(options.model).save(options.format, options.folder):
         print(file)
+
+
+def _extract_features(options: argparse.Namespace) -> None:
+    recipe, storage, cluster = _load(options)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", options.name):
+        raise RecipeError(f"'{options.name}': give a name of letters, digits, '_', '-' and '.'")
+    what = options.name, options.model, options.layer, options.dtype
+    step, seal, skipped = pipeline.extract_features(recipe, storage, cluster, _Connection(cluster), *what)
+    print(storage.full(step.artifact.path), "done before" if skipped else f"{seal.facts['seconds']:.1f} s")
+
+
+def _bundle(options: argparse.Namespace) -> None:
+    recipe, storage, _ = _load(options)
+    name = _name_of_stage(recipe, "learn_kmeans", options.of)
+    (step,) = (planned for planned in pipeline.plan(recipe, storage) if planned.stage.name == name)
+    from hubert_ray.unit_bundle import make_bundle
+
+    seconds = options.window_seconds, options.context_seconds
+    teacher, kmeans = step.stage.settings["teacher"], step.stage.settings["kmeans"]
+    card = make_bundle(step.artifact, teacher, kmeans.classes, step.inputs, options.folder, *seconds)
+    print(
+        f"{options.folder}: {' + '.join(map(str, card.classes))} units at {card.label_rate_hz} Hz, digest {card.digest[:16]}"
+    )
+
+
+def _units(options: argparse.Namespace) -> int:
+    from hubert_ray.unit_bundle import load_units
+    from hubert_ray.unit_files import write_units
+
+    bundle = load_units(options.bundle, options.device)
+    written, failed = write_units(bundle, options.audio, options.output, options.deduplicate)
+    if failed:
+        print(f"hubert-ray: {failed} of {written + failed} recordings could not be used", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _remove(options: argparse.Namespace) -> None:

@@ -134,8 +134,7 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
         inputs = {role: artifacts.get(name) or _elsewhere(storage, name) for role, name in stage.inputs.items()}
         fingerprints = {role: artifact.identity.fingerprint for role, artifact in inputs.items()}
         if "corpus" in inputs and planned[0].seal:
-            # What was read in belongs to the identity of all that is made of it; where it was read from does not.
-            fingerprints["corpus"] += f"-{planned[0].seal.facts['content']}"
+            fingerprints["corpus"] = _content(planned[0].seal)
         path = _path(recipe, stage)
         artifact = Artifact(storage, path, identity_of(stage.kind, _identity_settings(stage), fingerprints))
         if "teacher" in inputs and stage.kind == "learn_kmeans":
@@ -143,6 +142,11 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
         artifacts[stage.name] = artifact
         planned.append(Planned(stage, artifact, inputs, artifact.seal_or_none()))
     return planned
+
+
+def _content(corpus: Seal) -> str:
+    """What was read in belongs to the identity of all that is made of a corpus; where it was read from does not."""
+    return f"{corpus.fingerprint}-{corpus.facts['content']}"
 
 
 def _path(recipe: Recipe, stage: Stage) -> str:
@@ -221,6 +225,36 @@ def run(
     finally:
         if up:
             connect.__exit__(None, None, None)
+
+
+def extract_features(
+    recipe: Recipe,
+    storage: Storage,
+    cluster: Cluster,
+    connect: AbstractContextManager,
+    name: str,
+    model: str,
+    layer: int | None,
+    dtype: str,
+) -> tuple[Planned, Seal, bool]:
+    """Features of the recipe's corpus, which must be sealed, as an artifact `name` of its run: (stage, seal, skipped).
+
+    Not part of `run`, for nothing that follows reads them.
+    """
+    corpus = plan(recipe, storage)[0]
+    content = _content(corpus.artifact.require())
+    from hubert_ray.stages.extract_features import Source  # with torch
+
+    source = Source.of(model, layer)
+    stage = Stage(f"extract_features/{name}", "extract_features", {"source": source, "dtype": dtype})
+    inputs = {"corpus": content, "model": source.fingerprint}
+    identity = identity_of(stage.kind, {"layer": source.layer, "dtype": dtype}, inputs)
+    artifact = Artifact(storage, layout.artifact(recipe.name, stage.name), identity)
+    step = Planned(stage, artifact, {"corpus": corpus.artifact}, artifact.seal_or_none())
+    if step.seal:
+        return step, step.seal, True
+    with connect:
+        return step, _execute(step, recipe, cluster), False
 
 
 def _check_quickly(step: Planned) -> None:

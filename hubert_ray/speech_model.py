@@ -14,6 +14,8 @@ import hashlib
 import math
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -29,7 +31,7 @@ from hubert_ray.asr.decoder import greedy
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.audio import MAX_FILTER_TAPS, normalise
 from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
-from hubert_ray.errors import RecipeError, StaleArtifactError, StorageError
+from hubert_ray.errors import HubertRayError, RecipeError, StaleArtifactError, StorageError
 from hubert_ray.formats import files
 from hubert_ray.formats.checkpoint import Checkpoint
 from hubert_ray.formats.names import InteropError, State
@@ -51,12 +53,16 @@ class SpeechModel:
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu"):
         self.checkpoint = checkpoint
         self.size: ModelSize = checkpoint.size
-        self.device = torch.device(device)
         with torch.device(
             "meta"
         ):  # shapes only: no time, and none of the user's random numbers, for weights to be replaced
             encoder = Encoder(self.size)
-        self.encoder = _loaded(encoder, checkpoint.encoder).eval().to(self.device)
+        encoder = _loaded(encoder, checkpoint.encoder).eval()
+        try:
+            self.device = torch.device(device)
+            self.encoder = encoder.to(self.device)
+        except (RuntimeError, AssertionError) as error:  # the second: a torch without CUDA
+            raise InputError(f"device '{device}' cannot be used: {error}") from error
 
     def extract(self, wave: np.ndarray | Tensor, layer: int | None = None, *, sample_rate: int = SAMPLE_RATE) -> Tensor:
         """features_TD of one waveform, (S,) mono in [-1, 1]; it is resampled to 16 kHz where it has another `sample_rate`.
@@ -140,28 +146,31 @@ class SpeechModel:
 
     def _prepared(self, wave: np.ndarray | Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
         """wave_1S on the model's device, at 16 kHz, normalised where the model wants it."""
-        if isinstance(wave, Tensor):  # numpy knows no bfloat16
-            wave = wave.detach().cpu()
-            wave = (wave.float() if wave.is_floating_point() else wave).numpy()
-        wave_S = np.asarray(wave)
-        if wave_S.ndim != 1:
-            raise InputError(f"waveform: found shape {wave_S.shape}, expected (samples,), mono in [-1, 1]")
-        if wave_S.dtype.kind != "f":
-            raise InputError(
-                f"waveform: found {wave_S.dtype} samples, expected floats in [-1, 1]; divide int16 by 32768"
-            )
-        wave_S = wave_S.astype(np.float32)
-        if not np.isfinite(wave_S).all():
-            raise InputError("waveform: found NaN or infinite samples")
-        if (peak := np.abs(wave_S).max(initial=0.0)) >= MAX_PEAK:
-            raise InputError(f"waveform: found a peak of {peak:g}, expected samples in [-1, 1]; divide int16 by 32768")
-        wave_S = _at_16_khz(wave_S, sample_rate)
+        wave_S = prepared_wave(wave, sample_rate)
         if len(wave_S) < RECEPTIVE_FIELD:
             raise InputError(
                 f"waveform: found shape ({len(wave_S)},), expected (samples,) with at least {RECEPTIVE_FIELD} of them at 16 kHz"
             )
         wave_S = normalise(wave_S) if self.size.normalize_waveform else wave_S
         return torch.from_numpy(np.ascontiguousarray(wave_S))[None].to(self.device)
+
+
+def prepared_wave(wave: np.ndarray | Tensor, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """wave_S float32 at 16 kHz of what a user holds. Raises InputError where that is no mono waveform in [-1, 1]."""
+    if isinstance(wave, Tensor):  # numpy knows no bfloat16
+        wave = wave.detach().cpu()
+        wave = (wave.float() if wave.is_floating_point() else wave).numpy()
+    wave_S = np.asarray(wave)
+    if wave_S.ndim != 1:
+        raise InputError(f"waveform: found shape {wave_S.shape}, expected (samples,), mono in [-1, 1]")
+    if wave_S.dtype.kind != "f":
+        raise InputError(f"waveform: found {wave_S.dtype} samples, expected floats in [-1, 1]; divide int16 by 32768")
+    wave_S = wave_S.astype(np.float32)
+    if not np.isfinite(wave_S).all():
+        raise InputError("waveform: found NaN or infinite samples")
+    if (peak := np.abs(wave_S).max(initial=0.0)) >= MAX_PEAK:
+        raise InputError(f"waveform: found a peak of {peak:g}, expected samples in [-1, 1]; divide int16 by 32768")
+    return _at_16_khz(wave_S, sample_rate)
 
 
 def path_of(name: str) -> str:
@@ -182,9 +191,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SpeechModel:
     `path` may be an s3:// or gs:// URL; it is copied to a temporary folder first. No pickled code is run.
     Raises InteropError where there is no such model, StorageError where the place cannot be reached.
     """
+    with fetched(path) as file:
+        return SpeechModel(files.read(file), device)
+
+
+@contextmanager
+def fetched(path: str | Path) -> Iterator[Path]:
+    """A file or folder on this machine: itself, or where `path` is a URL a copy that lasts as long as the block.
+
+    Errors of the block that name the copy are made to name the URL.
+    """
     text = str(path)
     if "://" not in text:
-        return SpeechModel(files.read(Path(text)), device)
+        yield Path(text)
+        return
     url, _, query = text.partition("?")
     scheme, _, place = url.rstrip("/").partition("://")
     parent, _, name = place.rpartition("/")
@@ -200,9 +220,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SpeechModel:
         if not copied:
             raise InteropError(f"{text}: found neither a file nor a folder")
         try:
-            return SpeechModel(files.read(Path(folder) / name), device)
-        except InteropError as error:
-            raise InteropError(
+            yield Path(folder) / name
+        except HubertRayError as error:
+            raise type(error)(
                 str(error).replace(f"{folder}/{name}", url).replace(folder, f"{scheme}://{parent}")
             ) from error
 

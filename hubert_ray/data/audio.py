@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -113,6 +114,23 @@ def decode_range(file: io.IOBase, first: int, stored_samples: int) -> np.ndarray
         return _at_16_khz(_read(opened, stored_samples), opened.samplerate)
 
 
+def pieces(source: BinaryIO) -> Iterator[np.ndarray]:
+    """The 16 kHz waveform of a recording of any length, in pieces (S,) of at most BLOCK_SECONDS; memory holds two or three.
+
+    Joined they are the waveform that `decode` gives. Raises AudioError as `decode` does, where the trouble is: of a recording that
+    ends early after its last good piece.
+    """
+    samples = 0
+    with _opened(source) as file:
+        for wave_S in _joining(_blocks(file), file.samplerate):
+            samples += len(wave_S)
+            if samples < RECEPTIVE_FIELD:  # never of a first piece that others follow
+                break
+            yield np.ascontiguousarray(wave_S)
+    if samples < RECEPTIVE_FIELD:
+        raise AudioError("too_short", f"{samples} samples at 16 kHz, at least {RECEPTIVE_FIELD}")
+
+
 def header(data: bytes) -> tuple[int, int]:
     """(samples per channel, sample rate) as stored, without decoding. Raises AudioError `empty` or `undecodable`."""
     with _opened(data) as file:
@@ -120,7 +138,7 @@ def header(data: bytes) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(source: bytes | io.IOBase) -> Iterator[soundfile.SoundFile]:
+def _opened(source: bytes | io.IOBase | BinaryIO) -> Iterator[soundfile.SoundFile]:
     """A recording whose header tells its length; what libsndfile says against it becomes an AudioError."""
     if source == b"":
         raise AudioError("empty", "0 bytes")
@@ -156,6 +174,33 @@ def _read(file: soundfile.SoundFile, samples: int) -> np.ndarray:
     if not finite_SC.all():
         raise AudioError("not_finite", f"{np.count_nonzero(~finite_SC)} samples are NaN or infinite")
     return wave_SC
+
+
+def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """BLOCK_SECONDS after BLOCK_SECONDS at the stored rate, mono."""
+    left = file.frames
+    while left > 0:
+        wave_SC = _read(file, min(left, int(BLOCK_SECONDS * file.samplerate)))
+        left -= len(wave_SC)
+        yield _mono(wave_SC)
+
+
+def _joining(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """Resamples block by block: each with a second of its neighbours, far more than the filter is wide, which is cut off again.
+
+    A block and a margin of a second are whole numbers of the filter's period, so the joints fall between two samples.
+    """
+    if rate == SAMPLE_RATE:
+        yield from blocks
+        return
+    before = np.empty(0, dtype=np.float32)
+    current = next(blocks, before)
+    while len(current):
+        following = next(blocks, np.empty(0, dtype=np.float32))
+        resampled_S = _resample(np.concatenate([before, current, following[:rate]]), rate)
+        start = len(before) * SAMPLE_RATE // rate
+        yield resampled_S[start : start + -(-len(current) * SAMPLE_RATE // rate)]
+        before, current = current[-rate:], following
 
 
 def _check_end(data: bytes, file: soundfile.SoundFile) -> None:

@@ -5,6 +5,7 @@ Every format's reader returns a `Checkpoint`, every writer takes one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,16 @@ class Checkpoint:
     classes: tuple[tuple[str, ...], ...] = ()  # what each codeword stands for, per label stream: as many names as rows
     letters: State | None = None  # weight and bias of the recogniser's output layer
     alphabet: tuple[str, ...] = ()  # what each of its rows stands for; BLANK and SEPARATOR among them
+
+    @property
+    def fingerprint(self) -> str:
+        """What the body computes, whichever file it came in: 16 hex digits of the SHA-256 of its shape and fp32 weights."""
+        size = self.size
+        digest = hashlib.sha256(repr((size.heads, size.norm_first, size.normalize_waveform, size.conv_norm)).encode())
+        for name, value in sorted(self.encoder.items()):
+            digest.update(repr((name, tuple(value.shape))).encode())
+            digest.update(value.float().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def size_of(

@@ -25,10 +25,9 @@ from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.artifacts import Artifact
 from hubert_ray.storage.filesystem import Storage
+from hubert_ray.units.features import in_groups
 from hubert_ray.units.kmeans import Codebook
 from hubert_ray.units.quality import PhoneCounts, entropy_bits
-
-GROUP_SECONDS = 600.0  # of audio whose features are in memory at a time
 
 
 class _Labeller:
@@ -45,8 +44,8 @@ class _Labeller:
         utterances = UtteranceReader(self._reader, manifest, normalize=False)
         labels = [
             self._codebook.labels(frames_FD, self._device).ravel()
-            for rows in utterances.groups(GROUP_SECONDS)
-            for frames_FD in self._extractor([utterances.wave(row) for row in rows])
+            for features in in_groups(self._extractor, utterances)
+            for frames_FD in features
         ]
         rate = pa.array(np.full(len(labels), self._extractor.frame_rate_hz, dtype=np.int16))
         ids = manifest.table["utterance_id"].combine_chunks()

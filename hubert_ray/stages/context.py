@@ -53,24 +53,24 @@ class ModelAt:
         encoder = Encoder(self.card().size)
         body = {name.removeprefix("encoder."): w for name, w in self._weights().items() if name.startswith("encoder.")}
         encoder.load_state_dict(body)
-        return encoder.eval().to(_device())
+        return encoder.eval().to(device())
 
     def untrained(self, seed: int) -> Encoder:
         """A body of the same shape with random weights, in eval mode."""
         torch.manual_seed(seed)
-        return Encoder(self.card().size).eval().to(_device())
+        return Encoder(self.card().size).eval().to(device())
 
     def ctc(self) -> HubertCtc:
         """The recogniser, in eval mode."""
         model = HubertCtc(self.card().size)
         model.load_state_dict(self._weights())
-        return model.eval().to(_device())
+        return model.eval().to(device())
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(self.storage.read(f"{self.path}/{layout.MODEL}"))
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
     """The GPU that Ray gave this worker, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -22,10 +22,10 @@ from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units import kmeans as lloyd
+from hubert_ray.units.features import in_groups
 from hubert_ray.units.kmeans import Fit, MiniBatchFit
 
 SEEDING_FRAMES = 100  # per cluster; with fewer k-means++ goes for outliers, more only take longer
-GROUP_SECONDS = 600.0  # of audio that is decoded at a time
 _PROGRESS = "progress.npz"
 
 
@@ -41,11 +41,7 @@ class _SampledFrames:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard).split("train")
         rows = manifest.sample(self._settings.sample_share, self._settings.seed, shard)
         sampled = UtteranceReader(self._reader, Manifest(manifest.table.take(rows)), normalize=False)
-        frames = [
-            frames_FD
-            for group in sampled.groups(GROUP_SECONDS)
-            for frames_FD in self._extractor([sampled.wave(row) for row in group])
-        ]
+        frames = [frames_FD for features in in_groups(self._extractor, sampled) for frames_FD in features]
         dtype = np.float16 if self._settings.half_precision else np.float32
         if not frames:
             return np.empty((0, self._extractor.dim), dtype)

@@ -45,6 +45,11 @@ def part(shard: str) -> str:
     return f"parts/{shard}.parquet"
 
 
+def feature_part(shard: str) -> str:
+    """The features of one audio shard, inside the folder of extracted features."""
+    return f"parts/{shard}.arrow"
+
+
 def checkpoint(step: int) -> str:
     """A training checkpoint, inside the folder of a training artifact."""
     return f"checkpoints/step-{step:08d}"

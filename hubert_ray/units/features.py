@@ -18,9 +18,11 @@ import torchaudio.functional
 
 from hubert_ray.config.recipe import Mfcc
 from hubert_ray.data.audio import normalise
-from hubert_ray.data.collate import pad
-from hubert_ray.data.frames import SAMPLE_RATE, frames_of
+from hubert_ray.data.collate import UtteranceReader
+from hubert_ray.data.frames import SAMPLE_RATE
 from hubert_ray.model.hubert import Encoder
+
+GROUP_SECONDS = 600.0
 
 
 class FeatureExtractor(Protocol):
@@ -71,37 +73,31 @@ def _spliced(values_CF: torch.Tensor, frames: int) -> torch.Tensor:
 
 class LayerExtractor:
     """Output of transformer block `layer` at 50 Hz: 1-based, after the residual, as fairseq's `dump_hubert_feature.py`.
-    Layer 0 is the input of the first block. Utterances are padded together only as far as masked statistics keep each
-    one's result its own."""
+    Layer 0 is the input of the first block.
+
+    One utterance at a time: beside others, even of its own length, it would be rounded otherwise, and a frame halfway between
+    two centroids would get another label in other company (measured with padding: 1 label of 19,000).
+    """
 
     frame_rate_hz = 50
 
-    def __init__(self, encoder: Encoder, layer: int, batch_seconds: float = 60.0):
+    def __init__(self, encoder: Encoder, layer: int):
         self._encoder = encoder.eval()
         self._device = next(encoder.parameters()).device
         self._layer = layer
-        self._batch_samples = int(batch_seconds * SAMPLE_RATE)
         self.dim = encoder.size.dim
 
-    @torch.inference_mode()
     def __call__(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        waves = [normalise(wave_S) for wave_S in waves] if self._encoder.size.normalize_waveform else waves
-        results: list[np.ndarray] = [np.empty(0)] * len(waves)
-        for chosen in _batches([len(wave_S) for wave_S in waves], self._batch_samples):
-            batch = pad([waves[i] for i in chosen])
-            hidden_BTD = self._encoder.features(batch.wave_BS.to(self._device), self._layer, batch.samples_B)
-            for row, i in enumerate(chosen):
-                results[i] = hidden_BTD[row, : frames_of(len(waves[i]))].float().cpu().numpy()
-        return results
+        return [self._one(wave_S) for wave_S in waves]
+
+    @torch.inference_mode()
+    def _one(self, wave_S: np.ndarray) -> np.ndarray:
+        wave_S = normalise(wave_S) if self._encoder.size.normalize_waveform else wave_S
+        hidden_1TD = self._encoder.features(torch.from_numpy(wave_S)[None].to(self._device), self._layer)
+        return hidden_1TD[0].float().cpu().numpy()
 
 
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Positions grouped by similar length, at most `budget` padded samples a group."""
-    chosen: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chosen and (len(chosen) + 1) * lengths[i] > budget:
-            yield chosen
-            chosen = []
-        chosen.append(i)
-    if chosen:
-        yield chosen
+def in_groups(extractor: FeatureExtractor, utterances: UtteranceReader) -> Iterator[list[np.ndarray]]:
+    """Features of all utterances in their order, as lists of about ten minutes of audio: what is in memory at a time."""
+    for rows in utterances.groups(GROUP_SECONDS):
+        yield extractor([utterances.wave(row) for row in rows])

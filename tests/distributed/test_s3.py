@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from hubert_ray import pipeline
+import hubert_ray
+from hubert_ray import cli, pipeline
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_recipe
 from hubert_ray.distributed import checkpoint
@@ -12,6 +14,7 @@ from hubert_ray.distributed.cluster import connected
 from hubert_ray.errors import StaleArtifactError
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
+from hubert_ray.unit_bundle import BundleError
 from tests.conftest import SMOKE
 
 pytestmark = pytest.mark.slow
@@ -31,7 +34,7 @@ def test_whole_or_absent(bucket):
     assert not storage.exists("a/file")
 
 
-def test_chain_on_s3_gives_the_bytes_of_a_local_one(bucket, corpus):
+def test_chain_on_s3_gives_the_bytes_of_a_local_one(bucket, corpus, tmp_path):
     local, path = corpus
     remote = Storage(bucket)
     overrides = ["iterations.iter1.kmeans.max_iterations=4", "name=places"]
@@ -45,6 +48,17 @@ def test_chain_on_s3_gives_the_bytes_of_a_local_one(bucket, corpus):
         assert remote.list(folder) == local.list(folder)
         for name in local.list(folder):
             assert remote.read(f"{folder}/{name}") == local.read(f"{folder}/{name}"), name
+    bundles = {local.url: str(tmp_path / "bundle"), remote.url: bucket.replace("/hubert?", "/units/bundle?")}
+    (tmp_path / "recipe.json").write_bytes(msgspec.json.encode(recipe))
+    for storage_url, url in bundles.items():
+        made = ["bundle", "--recipe", str(tmp_path / "recipe.json"), "--storage", storage_url, "--of", "iter1", url]
+        assert cli.main(made) == 0
+    from_disk, from_s3 = (hubert_ray.load_units(url) for url in bundles.values())
+    assert from_disk.card == from_s3.card
+    remote_bundle = Storage(bucket.replace("/hubert?", "/units?"))
+    remote_bundle.write(f"bundle/{layout.CENTROIDS}", b"another")
+    with pytest.raises(BundleError, match=f"s3://k:s@speech/units/bundle/{layout.CENTROIDS}: found sha256"):
+        hubert_ray.load_units(bundles[remote.url])
     trained = "runs/places/iter1/pretrain"
     assert remote.exists(f"{trained}/{layout.MODEL}")
     assert checkpoint.steps(remote, trained) == [5, 10]

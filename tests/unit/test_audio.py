@@ -217,3 +217,34 @@ def test_normalise_has_the_epsilon_of_layer_norm():
     expected = torch.nn.functional.layer_norm(torch.from_numpy(quiet), (len(quiet),)).numpy()
     assert np.abs(audio.normalise(quiet) - expected).max() < 1e-5
     assert not audio.normalise(np.full(500, 0.3, dtype=np.float32)).any()
+
+
+# --- any length -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [16_000, 8_000, 11_025, 22_050])
+@pytest.mark.parametrize("seconds", [2.0, 4.0, 4.0001, 7.3])
+def test_pieces_joined_are_the_whole(rate, seconds, monkeypatch):
+    wave = 0.1 * np.random.default_rng(1).standard_normal(round(rate * seconds))
+    data = encoded(wave, rate, kind="WAV", subtype="FLOAT")
+    whole_S = audio.decode(data)
+    monkeypatch.setattr(audio, "BLOCK_SECONDS", 2)
+    found = list(audio.pieces(io.BytesIO(data)))
+    assert len(found) == np.ceil(seconds / 2)
+    assert max(map(len, found)) <= 32_000
+    assert all(piece.dtype == np.float32 for piece in found)
+    joined_S = np.concatenate(found)
+    assert joined_S.shape == whole_S.shape
+    assert np.abs(joined_S - whole_S).max() < 1e-6
+    if len(found) == 1 or rate == 16_000:
+        assert np.array_equal(joined_S, whole_S)
+
+
+def test_a_long_recording_that_ends_early_gives_what_it_has(monkeypatch):
+    monkeypatch.setattr(audio, "BLOCK_SECONDS", 0.25)
+    data = encoded(NOISE)
+    found = []
+    with pytest.raises(AudioError, match="undecodable"):
+        for piece in audio.pieces(io.BytesIO(data[: len(data) // 2])):
+            found.append(piece)
+    assert 0 < sum(map(len, found)) <= 8_000

@@ -12,7 +12,7 @@ from hubert_ray.config.sizes import TINY, ModelSize
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.frames import frames_of, mfcc_frames_of
 from hubert_ray.model.hubert import Encoder
-from hubert_ray.units.features import LayerExtractor, MfccExtractor, _batches
+from hubert_ray.units.features import LayerExtractor, MfccExtractor
 from tests.reference import slow_deltas, slow_mfcc
 
 
@@ -127,9 +127,9 @@ def model(size: ModelSize) -> Encoder:
     return Encoder(size)
 
 
-def layer_of(encoder, layer, normalize, **budget):
+def layer_of(encoder, layer, normalize):
     encoder.size = msgspec.structs.replace(encoder.size, normalize_waveform=normalize)
-    return LayerExtractor(encoder, layer, **budget)
+    return LayerExtractor(encoder, layer)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -142,7 +142,7 @@ def test_a_layer_of_a_batch_is_that_of_each_utterance_alone(name, normalize):
         (alone_TD,) = layer_of(hubert, 2, normalize)([wave_S])
         assert features_TD.shape == alone_TD.shape == (frames_of(len(wave_S)), TINY.dim)
         assert features_TD.dtype == np.float32
-        assert np.abs(features_TD - alone_TD).max() < 1e-5
+        assert np.array_equal(features_TD, alone_TD)
 
 
 def test_layers_zero_to_last():
@@ -166,28 +166,10 @@ def test_layer_of_a_model_in_train_mode_has_no_dropout():
     assert np.array_equal(first[0], second[0])
 
 
-def test_normalize_is_per_whole_utterance_before_padding():
+def test_normalize_is_per_whole_utterance():
     hubert = model(SIZES["layer"])
     several = waves(6000, 3000)
     wanted = layer_of(hubert, 1, normalize=False)([normalise(wave_S) for wave_S in several])
     got = layer_of(hubert, 1, normalize=True)(several)
     assert all(np.abs(a - b).max() < 1e-6 for a, b in zip(got, wanted, strict=True))
     assert np.abs(layer_of(hubert, 1, normalize=False)(several)[0] - got[0]).max() > 1e-2
-
-
-def test_a_small_budget_changes_nothing_but_the_batches():
-    hubert = model(SIZES["group"])
-    several = waves(5000, 1000, 3000, 1000, 7000)
-    wide = layer_of(hubert, 1, normalize=False)(several)
-    narrow = layer_of(hubert, 1, normalize=False, batch_seconds=0.2)(several)
-    assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(wide, narrow, strict=True))
-
-
-def test_batches_keep_the_budget_and_miss_nobody():
-    lengths = np.random.default_rng(0).integers(400, 5000, 60).tolist()
-    groups = list(_batches(lengths, 12_000))
-    assert sorted(i for group in groups for i in group) == list(range(60))
-    assert all(len(group) * max(lengths[i] for i in group) <= 12_000 for group in groups)
-    assert len(groups) < 40
-    assert list(_batches([9000, 400], 1000)) == [[1], [0]]  # longer than the budget: alone
-    assert list(_batches([], 1000)) == []
