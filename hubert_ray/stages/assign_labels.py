@@ -1,6 +1,8 @@
 """teacher features + codebook -> a uint16 label per frame and stream of every utterance, and how good the labels are.
 
-Extraction and assignment are fused: features live for ten minutes of audio at a time and are never written.
+Extraction and assignment are fused: the features of one batch, a minute of audio, live at a time and are never written. A
+shard's utterances are batched by length, which the manifest knows, so next to nothing is padding; the batches that come next
+are read and decoded while the teacher computes. So the teacher's own forward pass is what labelling costs.
 HuBERT (Hsu et al. 2021) II-A, IV-B, IV-E.
 """
 
@@ -18,6 +20,7 @@ import torch
 
 from hubert_ray.config.recipe import Teacher
 from hubert_ray.data.collate import UtteranceReader
+from hubert_ray.data.loader import ahead
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import LabelError
@@ -25,13 +28,14 @@ from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.artifacts import Artifact
 from hubert_ray.storage.filesystem import Storage
+from hubert_ray.units.features import batches
 from hubert_ray.units.kmeans import Codebook
 from hubert_ray.units.quality import PhoneCounts, entropy_bits
 
-GROUP_SECONDS = 600.0  # of audio whose features are in memory at a time
+AHEAD = 2  # batches read before the teacher asks for them
 
 
-class _Labeller:
+class Labeller:
     """Labels one shard and writes its part."""
 
     def __init__(self, storage: Storage, corpus: str, folder: str, teacher: TeacherAt, codebook: Codebook, device: str):
@@ -43,11 +47,15 @@ class _Labeller:
     def __call__(self, shard: str) -> dict[str, Any]:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard)
         utterances = UtteranceReader(self._reader, manifest, normalize=False)
-        labels = [
-            self._codebook.labels(frames_FD, self._device).ravel()
-            for rows in utterances.groups(GROUP_SECONDS)
-            for frames_FD in self._extractor([utterances.wave(row) for row in rows])
-        ]
+        labels: list[np.ndarray] = [np.empty(0, np.uint16)] * len(manifest)
+        for rows, waves in ahead(
+            lambda rows: (rows, utterances.waves(rows)), batches(manifest.numbers("samples")), AHEAD
+        ):
+            features = self._extractor(waves)
+            found_FS = self._codebook.labels(np.concatenate(features), self._device)
+            ends = np.cumsum([len(frames_FD) for frames_FD in features])
+            for row, labels_FS in zip(rows, np.split(found_FS, ends[:-1]), strict=True):
+                labels[row] = labels_FS.ravel()
         rate = pa.array(np.full(len(labels), self._extractor.frame_rate_hz, dtype=np.int16))
         ids = manifest.table["utterance_id"].combine_chunks()
         table = pa.table([ids, pa.array(labels, schemas.LABELS.field("labels").type), rate], schema=schemas.LABELS)
@@ -63,7 +71,7 @@ def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dic
     shards = manifest.shards()
     missing = [s for s in shards if not work.storage.exists(work.output.file(layout.part(s)))]
     labeller = partial(
-        _Labeller, work.storage, work.inputs["corpus"].path, work.output.path, teacher_at(work, teacher), codebook,
+        Labeller, work.storage, work.inputs["corpus"].path, work.output.path, teacher_at(work, teacher), codebook,
         "cuda" if work.cluster.data_gpus else "cpu",
     )  # fmt: skip
     for row in shard_map(labeller, missing, work.cluster):

@@ -15,6 +15,7 @@ import numpy as np
 
 from hubert_ray.config.recipe import Kmeans, Teacher
 from hubert_ray.data.collate import UtteranceReader
+from hubert_ray.data.loader import ahead
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.kmeans_reduce import FeatureSample
 from hubert_ray.errors import RecipeError, TrainingError
@@ -43,8 +44,8 @@ class _SampledFrames:
         sampled = UtteranceReader(self._reader, Manifest(manifest.table.take(rows)), normalize=False)
         frames = [
             frames_FD
-            for group in sampled.groups(GROUP_SECONDS)
-            for frames_FD in self._extractor([sampled.wave(row) for row in group])
+            for waves in ahead(sampled.waves, sampled.groups(GROUP_SECONDS), 1)
+            for frames_FD in self._extractor(waves)
         ]
         dtype = np.float16 if self._settings.half_precision else np.float32
         if not frames:

@@ -8,7 +8,7 @@ Notation: S samples at 16 kHz, F feature frames, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ from hubert_ray.data.audio import normalise
 from hubert_ray.data.collate import pad
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of
 from hubert_ray.model.hubert import Encoder
+
+BATCH_SECONDS = 60.0  # of padded audio that a model sees at a time
 
 
 class FeatureExtractor(Protocol):
@@ -76,18 +78,18 @@ class LayerExtractor:
 
     frame_rate_hz = 50
 
-    def __init__(self, encoder: Encoder, layer: int, batch_seconds: float = 60.0):
+    def __init__(self, encoder: Encoder, layer: int, batch_seconds: float = BATCH_SECONDS):
         self._encoder = encoder.eval()
         self._device = next(encoder.parameters()).device
         self._layer = layer
-        self._batch_samples = int(batch_seconds * SAMPLE_RATE)
+        self._batch_seconds = batch_seconds
         self.dim = encoder.size.dim
 
     @torch.inference_mode()
     def __call__(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         waves = [normalise(wave_S) for wave_S in waves] if self._encoder.size.normalize_waveform else waves
         results: list[np.ndarray] = [np.empty(0)] * len(waves)
-        for chosen in _batches([len(wave_S) for wave_S in waves], self._batch_samples):
+        for chosen in batches([len(wave_S) for wave_S in waves], self._batch_seconds):
             batch = pad([waves[i] for i in chosen])
             hidden_BTD = self._encoder.features(batch.wave_BS.to(self._device), self._layer, batch.samples_B)
             for row, i in enumerate(chosen):
@@ -95,10 +97,14 @@ class LayerExtractor:
         return results
 
 
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Positions grouped by similar length, at most `budget` padded samples a group."""
+def batches(lengths: Sequence[int] | np.ndarray, seconds: float = BATCH_SECONDS) -> Iterator[list[int]]:
+    """Positions grouped by similar length (in samples), at most `seconds` of padded audio a group; shortest first.
+
+    The more utterances there are to choose from, the less is padding: nothing of a group need be in memory to be grouped.
+    """
+    budget = int(seconds * SAMPLE_RATE)
     chosen: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for i in np.argsort(np.asarray(lengths), kind="stable").tolist():
         if chosen and (len(chosen) + 1) * lengths[i] > budget:
             yield chosen
             chosen = []

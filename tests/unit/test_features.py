@@ -12,7 +12,7 @@ from hubert_ray.config.sizes import TINY, ModelSize
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.frames import frames_of, mfcc_frames_of
 from hubert_ray.model.hubert import Encoder
-from hubert_ray.units.features import LayerExtractor, MfccExtractor, _batches
+from hubert_ray.units.features import LayerExtractor, MfccExtractor, batches
 from tests.reference import slow_deltas, slow_mfcc
 
 
@@ -185,9 +185,9 @@ def test_a_small_budget_changes_nothing_but_the_batches():
 
 def test_batches_keep_the_budget_and_miss_nobody():
     lengths = np.random.default_rng(0).integers(400, 5000, 60).tolist()
-    groups = list(_batches(lengths, 12_000))
+    groups = list(batches(lengths, 0.75))
     assert sorted(i for group in groups for i in group) == list(range(60))
     assert all(len(group) * max(lengths[i] for i in group) <= 12_000 for group in groups)
     assert len(groups) < 40
-    assert list(_batches([9000, 400], 1000)) == [[1], [0]]  # longer than the budget: alone
-    assert list(_batches([], 1000)) == []
+    assert list(batches([9000, 400], 0.0625)) == [[1], [0]]  # longer than the budget: alone
+    assert list(batches([], 1)) == []
