@@ -27,6 +27,7 @@ from hubert_ray.config.recipe import Recipe
 from hubert_ray.errors import HubertRayError, RecipeError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
+from hubert_ray.storage.cache import RangeCache
 from hubert_ray.storage.filesystem import Storage
 
 STAGES = (
@@ -139,7 +140,9 @@ def _command(commands, name: str, function, help_text: str) -> argparse.Argument
 
 def _load(options: argparse.Namespace) -> tuple[Recipe, Storage, Cluster]:
     recipe = load_recipe(options.recipe, options.set)
-    return recipe, Storage(options.storage), load_cluster(options.cluster_file, options.cluster)
+    cluster = load_cluster(options.cluster_file, options.cluster)
+    cache = RangeCache(cluster.cache_dir, int(cluster.cache_gib * 2**30)) if cluster.cache_dir else None
+    return recipe, Storage(options.storage, cache), cluster
 
 
 def _run(options: argparse.Namespace, only: str | None = None) -> None:

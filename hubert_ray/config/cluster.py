@@ -32,6 +32,8 @@ class Cluster(Settings, frozen=True, kw_only=True):
     zero_stage: Literal[0, 1, 2] = 1  # DeepSpeed ZeRO; 964 M parameters need no stage 3
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 wants zero_stage 1 or 2, which keep fp32 weights beside
     recompute: bool = False  # blocks' activations again in the backward pass: a third more compute, far less memory
+    cache_dir: str | None = None  # of each node, on its own disk: keeps audio read from s3:// or gs://; None: no cache
+    cache_gib: NotNegative = 100.0  # at most so much of it, for all workers of a node together
     max_failures: Natural = 3  # lost workers that a stage survives
     keep_checkpoints: Count = 2
     object_store_mib: Count = 512  # of a Ray that we start ourselves

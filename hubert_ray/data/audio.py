@@ -34,6 +34,8 @@ UNKNOWN_BYTES = 2**31 - 2**16  # a WAV's chunk of this size or more was written 
 UNKNOWN_FRAMES = 2**63 - 1
 SETTLING_SECONDS = 2  # of an Opus decoder after seeking
 BLOCK_SECONDS = 60  # of a long recording that are in memory at a time
+PIECE_SECONDS = 120  # of one whose units are wanted; up to here it is decoded as an utterance is
+_LAST_BYTES = 2**17  # an Ogg page has at most half as many
 MAX_FILTER_TAPS = 10_000_000  # of the resampling filters; 44.1 kHz has 70,560, an odd rate in a broken header gigabytes
 FULL_SCALE = 0.999  # and more is clipped: the largest sample of 16 bits is 0.99997
 
@@ -114,15 +116,28 @@ def decode_range(file: io.IOBase, first: int, stored_samples: int) -> np.ndarray
         return _at_16_khz(_read(opened, stored_samples), opened.samplerate)
 
 
-def pieces(source: BinaryIO) -> Iterator[np.ndarray]:
-    """The 16 kHz waveform of a recording of any length, in pieces (S,) of at most BLOCK_SECONDS; memory holds two or three.
+def header(data: bytes) -> tuple[int, int]:
+    """(samples per channel, sample rate) as stored, without decoding. Raises AudioError `empty` or `undecodable`."""
+    with _opened(data) as file:
+        return file.frames, file.samplerate
 
-    Joined they are the waveform that `decode` gives. Raises AudioError as `decode` does, where the trouble is: of a recording that
-    ends early after its last good piece.
+
+def pieces(source: BinaryIO) -> Iterator[np.ndarray]:
+    """The 16 kHz waveform of a recording of any length, in pieces (S,) of at most PIECE_SECONDS; joined they are what `decode`
+    gives, but for rounding where a long one is resampled. Memory holds two or three.
+
+    Raises AudioError as `decode` does, where the trouble is: of a recording that ends early after its last good piece.
     """
+    size = source.seek(0, io.SEEK_END)
+    source.seek(max(0, size - _LAST_BYTES))
+    end = source.read()
+    source.seek(0)
+    if not end:
+        raise AudioError("empty", "0 bytes")
     samples = 0
     with _opened(source) as file:
-        for wave_S in _joining(_blocks(file), file.samplerate):
+        _check_end(end, file)
+        for wave_S in _resampled_in_turn(_stored_in_turn(file), file.samplerate):
             samples += len(wave_S)
             if samples < RECEPTIVE_FIELD:  # never of a first piece that others follow
                 break
@@ -131,14 +146,35 @@ def pieces(source: BinaryIO) -> Iterator[np.ndarray]:
         raise AudioError("too_short", f"{samples} samples at 16 kHz, at least {RECEPTIVE_FIELD}")
 
 
-def header(data: bytes) -> tuple[int, int]:
-    """(samples per channel, sample rate) as stored, without decoding. Raises AudioError `empty` or `undecodable`."""
-    with _opened(data) as file:
-        return file.frames, file.samplerate
+def _stored_in_turn(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """PIECE_SECONDS after PIECE_SECONDS at the stored rate, mono, shape (S,)."""
+    left = file.frames
+    while left > 0:
+        wave_SC = _read(file, min(left, int(PIECE_SECONDS * file.samplerate)))
+        left -= len(wave_SC)
+        yield _mono(wave_SC)
+
+
+def _resampled_in_turn(waves: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """Resamples piece by piece: each with a second of its neighbours, far more than the filter is wide, which is cut off again.
+
+    Pieces and a second are whole numbers of the filter's period, so the joints fall between two samples.
+    """
+    if rate == SAMPLE_RATE:
+        yield from waves
+        return
+    before = np.empty(0, dtype=np.float32)
+    current = next(waves, before)
+    while len(current):
+        following = next(waves, np.empty(0, dtype=np.float32))
+        resampled_S = _resample(np.concatenate([before, current, following[:rate]]), rate)
+        start = len(before) * SAMPLE_RATE // rate
+        yield resampled_S[start : start + -(-len(current) * SAMPLE_RATE // rate)]
+        before, current = current[-rate:], following
 
 
 @contextmanager
-def _opened(source: bytes | io.IOBase | BinaryIO) -> Iterator[soundfile.SoundFile]:
+def _opened(source: bytes | BinaryIO | io.IOBase) -> Iterator[soundfile.SoundFile]:
     """A recording whose header tells its length; what libsndfile says against it becomes an AudioError."""
     if source == b"":
         raise AudioError("empty", "0 bytes")
@@ -174,33 +210,6 @@ def _read(file: soundfile.SoundFile, samples: int) -> np.ndarray:
     if not finite_SC.all():
         raise AudioError("not_finite", f"{np.count_nonzero(~finite_SC)} samples are NaN or infinite")
     return wave_SC
-
-
-def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """BLOCK_SECONDS after BLOCK_SECONDS at the stored rate, mono."""
-    left = file.frames
-    while left > 0:
-        wave_SC = _read(file, min(left, int(BLOCK_SECONDS * file.samplerate)))
-        left -= len(wave_SC)
-        yield _mono(wave_SC)
-
-
-def _joining(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Resamples block by block: each with a second of its neighbours, far more than the filter is wide, which is cut off again.
-
-    A block and a margin of a second are whole numbers of the filter's period, so the joints fall between two samples.
-    """
-    if rate == SAMPLE_RATE:
-        yield from blocks
-        return
-    before = np.empty(0, dtype=np.float32)
-    current = next(blocks, before)
-    while len(current):
-        following = next(blocks, np.empty(0, dtype=np.float32))
-        resampled_S = _resample(np.concatenate([before, current, following[:rate]]), rate)
-        start = len(before) * SAMPLE_RATE // rate
-        yield resampled_S[start : start + -(-len(current) * SAMPLE_RATE // rate)]
-        before, current = current[-rate:], following
 
 
 def _check_end(data: bytes, file: soundfile.SoundFile) -> None:

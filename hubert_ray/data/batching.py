@@ -11,6 +11,7 @@ fixed set, so compiled graphs and mask counts are few.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,7 @@ class BatchPlan:
         self.micro_batches_per_step = max(1, round(settings.batch_seconds / settings.micro_batch_seconds))
         self.steps_per_epoch = -(-int(self._micro_counts.sum()) // self.micro_batches_per_step)
         self._epochs: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+        self._lock = threading.Lock()
 
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """The micro-batches of a step (0-based). The last ones of an epoch are filled up from the epoch's beginning."""
@@ -81,14 +83,15 @@ class BatchPlan:
 
     def _epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Per crop length the shuffled utterances, and the shuffled order of all micro-batches."""
-        made = self._epochs.get(epoch)
-        if made is None:
-            rng = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-            orders = [rng.permutation(members) for members in self._members]
-            made = (orders, rng.permutation(int(self._micro_counts.sum())))
-            # Two epochs are kept: the decoding thread may be in the next one already. Replaced whole, so threads need no lock.
-            self._epochs = {e: kept for e, kept in self._epochs.items() if e == epoch - 1} | {epoch: made}
-        return made
+        with self._lock:  # else each of several loading threads would make the order of the epoch that they come upon
+            made = self._epochs.get(epoch)
+            if made is None:
+                rng = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+                orders = [rng.permutation(members) for members in self._members]
+                made = (orders, rng.permutation(int(self._micro_counts.sum())))
+                # Two are kept: whoever loads ahead may be in the next one already.
+                self._epochs = {e: kept for e, kept in self._epochs.items() if e == epoch - 1} | {epoch: made}
+            return made
 
     def _micro_batch(self, step: int, index: int, orders: list[np.ndarray], number: int) -> MicroBatch:
         bounds = np.cumsum(self._micro_counts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from hubert_ray.data.audio import normalise
 from hubert_ray.data.batching import MicroBatch
 from hubert_ray.data.frames import SAMPLE_RATE, crop_labels, samples_of
 from hubert_ray.data.labels import LabelStore
+from hubert_ray.data.loader import FETCHES
 from hubert_ray.data.shards import AudioReader, Manifest
 
 
@@ -32,7 +34,7 @@ class Padded:
 
 
 class UtteranceReader:
-    """Waveforms of manifest rows, normalised over the whole utterance where the model wants it."""
+    """Waveforms of manifest rows, normalised over the whole utterance where the model wants it. For many threads at once."""
 
     def __init__(self, reader: AudioReader, manifest: Manifest, normalize: bool):
         self._reader = reader
@@ -43,6 +45,7 @@ class UtteranceReader:
         self._stored_samples = manifest.numbers("stored_samples")
         self._samples = manifest.numbers("samples")
         self._normalize = normalize
+        self._threads = ThreadPoolExecutor(FETCHES, thread_name_prefix="read")
 
     def wave(self, row: int) -> np.ndarray:
         """The waveform of a whole utterance, shape (S,)."""
@@ -50,14 +53,20 @@ class UtteranceReader:
         wave_S = self._reader.wave(self._shards[row].as_py(), *(int(column[row]) for column in columns))
         return normalise(wave_S) if self._normalize else wave_S
 
+    def waves(self, rows: Iterable[int]) -> list[np.ndarray]:
+        """The waveforms of several utterances, read side by side."""
+        return list(self._threads.map(self.wave, rows))
+
     def crops(self, micro_batch: MicroBatch, labels: LabelStore) -> Crops:
         """The crops of a micro-batch with their labels."""
         size = samples_of(micro_batch.frames)
-        waves, targets = [], []
-        for row, start in zip(micro_batch.rows.tolist(), micro_batch.starts.tolist(), strict=True):
-            waves.append(self.wave(row)[start : start + size])
-            targets.append(labels.window(row, crop_labels(start, micro_batch.frames, labels.frame_rate_hz)))
-        return Crops(torch.from_numpy(np.stack(waves)), torch.from_numpy(np.stack(targets).astype(np.int64)))
+        rows, starts = micro_batch.rows.tolist(), micro_batch.starts.tolist()
+        waves = self._threads.map(lambda row, start: self.wave(row)[start : start + size], rows, starts)
+        targets = [
+            labels.window(row, crop_labels(start, micro_batch.frames, labels.frame_rate_hz))
+            for row, start in zip(rows, starts, strict=True)
+        ]
+        return Crops(torch.from_numpy(np.stack(list(waves))), torch.from_numpy(np.stack(targets).astype(np.int64)))
 
     def groups(self, seconds: float) -> Iterator[list[int]]:
         """All rows in order, in groups of about `seconds` of audio: what may be decoded at a time."""
@@ -68,7 +77,7 @@ class UtteranceReader:
 
     def padded(self, rows: list[int]) -> Padded:
         """Whole utterances, never cropped, padded with zeros."""
-        return pad([self.wave(row) for row in rows])
+        return pad(self.waves(rows))
 
 
 def pad(waves: list[np.ndarray]) -> Padded:

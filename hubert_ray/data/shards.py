@@ -12,7 +12,9 @@ where they lie, which may change without the corpus being another.
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -31,6 +33,7 @@ from hubert_ray.data.segments import Cutter
 from hubert_ray.data.window import Window
 from hubert_ray.errors import AudioError, CorpusError
 from hubert_ray.storage import layout, schemas
+from hubert_ray.storage.cache import RangeCache
 from hubert_ray.storage.filesystem import Storage
 
 WHOLE: dict[str, Any] = {"first": 0, "stored_samples": -1}  # the range of an utterance that is its recording
@@ -276,51 +279,75 @@ class Manifest:
 
 
 class AudioReader:
-    """Reads the compressed bytes of manifest rows by range, keeping a few shards open. One per thread or process."""
+    """Reads manifest rows by range of their shards, in any number of threads at once, and decodes them in some of these.
 
-    def __init__(self, storage: Storage, corpus_path: str, keep_open: int = 32):
+    Decoding is held to the processors of the worker, which Ray names in OMP_NUM_THREADS: on a machine that trains on its CPUs
+    it takes no more than one step's thread does. Shards stay open, a few of a local disk, many of an object store, where an open
+    file is its size and no more. Ranges of remote shards are taken from and left in `storage.cache`, if there is one.
+    """
+
+    def __init__(self, storage: Storage, corpus_path: str, keep_open: int | None = None):
         self._storage = storage
         self._corpus_path = corpus_path
-        self._keep_open = keep_open
-        self._files: OrderedDict[str, pa.NativeFile] = OrderedDict()
+        self._keep_open = keep_open or (32 if storage.is_local else 4096)
+        self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
         self._locations: Locations | None = None  # read when the first shard is opened
+        self._lock = threading.Lock()
+        cpus = os.environ.get("OMP_NUM_THREADS", "")
+        self._decoders = threading.Semaphore(max(1, int(cpus) if cpus.isdigit() else os.cpu_count() or 1))
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Raises CorpusError where the shard is missing or shorter than its manifest says."""
-        file = self._files.pop(shard, None)
-        if file is None:
-            file = self._open(shard)
-        self._files[shard] = file
-        if len(self._files) > self._keep_open:
-            self._files.popitem(last=False)[1].close()
-        data = file.read_at(size, offset)
+        opened = self._open(shard)
+        key = f"{opened.key}:{offset}:{size}"
+        data = opened.cache.get(key) if opened.cache else None
+        if data is not None:
+            return data
+        data = opened.file.read_at(size, offset)
         if len(data) != size:
             raise CorpusError(
                 f"shard '{shard}' ends at byte {offset + len(data)}; its manifest has audio up to byte {offset + size}. "
                 "The shard was cut short or replaced: remove the corpus and run prepare_data again."
             )
+        if opened.cache:
+            opened.cache.put(key, data)
         return data
 
-    def _open(self, shard: str) -> pa.NativeFile:
-        if self._locations is None:
-            file = f"{self._corpus_path}/{layout.LOCATIONS}"
-            known = self._storage.read(file) if self._storage.exists(file) else b'{"tars": {}}'
-            self._locations = msgspec.json.decode(known, type=Locations)
+    def _open(self, shard: str) -> _OpenShard:
+        """The shard's file. One that falls out is closed when the last thread is done with it."""
+        with self._lock:
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+                return self._shards[shard]
+            if self._locations is None:
+                file = f"{self._corpus_path}/{layout.LOCATIONS}"
+                known = self._storage.read(file) if self._storage.exists(file) else b'{"tars": {}}'
+                self._locations = msgspec.json.decode(known, type=Locations)
         storage, path = self._storage, f"{self._corpus_path}/{layout.audio_shard(shard)}"
         way_out = "remove the corpus and run prepare_data again"
         if shard in self._locations.tars:
             root, path = self._locations.tars[shard]
-            storage = Storage(root)
+            storage = Storage(root, self._storage.cache)
             way_out = f"if the tars have moved, write where they are now into {self._corpus_path}/{layout.LOCATIONS}"
+        cache = None if storage.is_local else storage.cache
         try:
-            return storage.open(path)
+            # What a range is kept under says which state of the shard it is of: a corpus may be made anew in its place.
+            key = f"{storage.url}/{path}:{storage.version(path)}" if cache else ""
+            opened = _OpenShard(storage.open(path), cache, key)
         except FileNotFoundError as error:
             raise CorpusError(f"'{path}' is missing from {storage.url}: {way_out}") from error
+        with self._lock:
+            self._shards[shard] = opened
+            if len(self._shards) > self._keep_open:
+                self._shards.popitem(last=False)
+        return opened
 
     def wave(self, shard: str, offset: int, size: int, first: int = 0, stored_samples: int = -1) -> np.ndarray:
         """The decoded 16 kHz waveform of an utterance, shape (S,): of the whole recording, or of a range of its stored samples."""
         if stored_samples == -1:
-            return audio.decode(self.read(shard, offset, size))
+            data = self.read(shard, offset, size)
+            with self._decoders:
+                return audio.decode(data)
         window = Window(lambda start, count: self.read(shard, offset + start, count), size)
         try:
             wave_S = audio.decode_range(window, first, stored_samples)
@@ -330,3 +357,10 @@ class AudioReader:
         if window.failure:  # what the decoder takes for the file's end or for damage is storage that did not answer
             raise window.failure
         return wave_S
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    file: pa.NativeFile
+    cache: RangeCache | None  # None for a local one
+    key: str  # of the shard as it is now, for the cache

@@ -14,9 +14,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +29,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from hubert_ray.config.cluster import Cluster
+from hubert_ray.data.loader import ahead
 from hubert_ray.distributed import checkpoint, zero
 from hubert_ray.distributed.shard_map import user_error
 from hubert_ray.distributed.telemetry import Progress, Telemetry
@@ -39,7 +38,7 @@ from hubert_ray.model.optim import set_lr
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
-PREFETCH = 4  # micro-batches decoded ahead of the model
+PREFETCH = 4  # micro-batches loaded ahead of the model
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Task(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
 
     def load(self, step: int, index: int) -> Any:
-        """A micro-batch in host memory; called from a background thread. `.to(device)` moves it."""
+        """A micro-batch in host memory; called from background threads, several at a time. `.to(device)` moves it."""
 
     def count(self, step: int) -> int:
         """What the step's summed loss is divided by."""
@@ -254,24 +253,14 @@ class _Loop:
             telemetry.close()
 
     def _batches(self, start: int) -> Iterator[Any]:
-        """This worker's micro-batches from step `start` on, decoded ahead in a thread; None stands for a repeat."""
+        """This worker's micro-batches from step `start` on, read ahead; None stands for a repeat."""
         rounds = -(-self._task.micro_batches // self._world)
         wanted = (
             (step, index if index < self._task.micro_batches else None)
             for step in range(start, self._job.steps)
             for index in range(self._rank, rounds * self._world, self._world)
         )
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-            queue: deque[tuple[int | None, Future]] = deque()
-            for step, index in wanted:
-                source = 0 if index is None else index
-                queue.append((index, pool.submit(self._task.load, step, source)))
-                if len(queue) > PREFETCH:
-                    index_, future = queue.popleft()
-                    yield index_, future.result()
-            while queue:
-                index_, future = queue.popleft()
-                yield index_, future.result()
+        return ahead(lambda at: (at[1], self._task.load(at[0], at[1] or 0)), wanted, PREFETCH)
 
     def _step(self, step: int, batches: Iterator[Any]) -> None:
         task, engine = self._task, self._engine

@@ -1,6 +1,7 @@
 """teacher features + codebook -> a uint16 label per frame and stream of every utterance, and how good the labels are.
 
-Extraction and assignment are fused: features live for ten minutes of audio at a time and are never written.
+Extraction and assignment are fused: features live for ten minutes of audio at a time and are never written. The next ten minutes
+are read and decoded while the teacher computes, so its own forward pass is what labelling costs.
 HuBERT (Hsu et al. 2021) II-A, IV-B, IV-E.
 """
 
@@ -30,7 +31,7 @@ from hubert_ray.units.kmeans import Codebook
 from hubert_ray.units.quality import PhoneCounts, entropy_bits
 
 
-class _Labeller:
+class Labeller:
     """Labels one shard and writes its part."""
 
     def __init__(self, storage: Storage, corpus: str, folder: str, teacher: TeacherAt, codebook: Codebook, device: str):
@@ -62,7 +63,7 @@ def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dic
     shards = manifest.shards()
     missing = [s for s in shards if not work.storage.exists(work.output.file(layout.part(s)))]
     labeller = partial(
-        _Labeller, work.storage, work.inputs["corpus"].path, work.output.path, teacher_at(work, teacher), codebook,
+        Labeller, work.storage, work.inputs["corpus"].path, work.output.path, teacher_at(work, teacher), codebook,
         "cuda" if work.cluster.data_gpus else "cpu",
     )  # fmt: skip
     for row in shard_map(labeller, missing, work.cluster):

@@ -60,7 +60,7 @@ def _draw(reader: AudioReader, manifest: Manifest, seconds: float) -> tuple[list
     ends = np.cumsum(manifest.numbers("samples")[order])
     rows = np.sort(order[: int(np.searchsorted(ends, seconds * SAMPLE_RATE)) + 1]).tolist()
     utterances = UtteranceReader(reader, manifest, normalize=False)
-    return [utterances.wave(row) for row in rows], manifest.table["phones"].take(rows).to_pylist()
+    return utterances.waves(rows), manifest.table["phones"].take(rows).to_pylist()
 
 
 def _fit(frames_ND: np.ndarray, clusters: int) -> np.ndarray:

@@ -1,7 +1,10 @@
 """How are files read and written, on a local disk or in an object store?
 
 One small class over pyarrow's file systems: local paths, `s3://…` and `gs://…` URLs (an S3-compatible server is named in
-the URL: `s3://bucket/run?endpoint_override=host:port&scheme=http`). A written file is whole or absent.
+the URL: `s3://bucket/run?endpoint_override=host:port&scheme=http`). A written file is whole or absent, a read gives all bytes
+or raises. Of an object store every request is repeated when the server answers 5xx or 429, the connection breaks, the body ends
+before its Content-Length, or nothing arrives for 3 seconds: ten times, with waits that double from 50 ms (25 s in all; by itself
+pyarrow gives up after 6). A store that is away for longer is an error of the piece of work, which is done again (`max_failures`).
 """
 
 from __future__ import annotations
@@ -17,15 +20,20 @@ import pyarrow as pa
 from pyarrow import fs
 
 from hubert_ray.errors import StorageError
+from hubert_ray.storage.cache import RangeCache
 
 HIDDEN = ".part-"  # begins the name of a local file that is being written
+ATTEMPTS = 10  # at a request to S3
 
 
 class Storage:
-    """A folder, addressed by URL or path; all paths given to its methods are relative to it, with forward slashes."""
+    """A folder, addressed by URL or path; all paths given to its methods are relative to it, with forward slashes.
 
-    def __init__(self, url: str):
-        self.url = url
+    `cache` keeps ranges of remote audio on a node's own disk; whoever reads ranges asks it (data/shards.py).
+    """
+
+    def __init__(self, url: str, cache: RangeCache | None = None):
+        self.url, self.cache = url, cache
         self.filesystem, self.root, kind = _connect(url)
         if not self.root or kind == fs.FileType.File:
             raise StorageError(f"{url}: {'names no bucket' if not self.root else 'is a file, not a folder'}")
@@ -48,7 +56,7 @@ class Storage:
 
     def __reduce__(self):
         # Rebuilt from its URL wherever it lands; a relative local path means the same folder on every worker.
-        return Storage, (self.address,)
+        return Storage, (self.address, self.cache)
 
     @property
     def address(self) -> str:
@@ -73,12 +81,25 @@ class Storage:
         return self.filesystem.get_file_info(self.full(path)).size or 0
 
     def read(self, path: str) -> bytes:
+        """All bytes of a file. Raises FileNotFoundError, or OSError where storage fails for good."""
         with self.filesystem.open_input_file(self.full(path)) as file:
-            return file.read()
+            data = file.read()
+            if len(data) != file.size():
+                raise OSError(
+                    f"{self.url}: '{path}' has {file.size()} bytes, {len(data)} came; was it replaced meanwhile?"
+                )
+            return data
 
     def open(self, path: str) -> pa.NativeFile:
         """A random-access reader; the caller closes it."""
         return self.filesystem.open_input_file(self.full(path))
+
+    def version(self, path: str) -> str:
+        """Tells one state of a file from another. Raises FileNotFoundError."""
+        info = self.filesystem.get_file_info(self.full(path))
+        if info.type == fs.FileType.NotFound:
+            raise FileNotFoundError(path)
+        return f"{info.size}@{info.mtime_ns}"
 
     def write(self, path: str, data: bytes) -> None:
         """Writes a whole file, replacing what was there; a reader or a crash never sees half of it."""
@@ -150,6 +171,7 @@ def _connect(url: str) -> tuple[fs.FileSystem, str, fs.FileType]:
     try:
         if "://" in url:
             filesystem, root = fs.FileSystem.from_uri(url)
+            filesystem = _patient(filesystem)
         else:
             filesystem, root = fs.LocalFileSystem(), str(Path(url).expanduser().absolute())
         return filesystem, root.rstrip("/"), filesystem.get_file_info(root).type
@@ -163,7 +185,8 @@ class _Writer:
     """A file that appears under its name only when it is closed without an error.
 
     Written beside its place on a local disk and moved there; for an object store written to a temporary file and uploaded,
-    because a stream that is dropped after an error would publish the half that it has.
+    because a stream that is dropped after an error would publish the half that it has. The upload is a stream of ours, closed by
+    us: pyarrow's `copy_files` says nothing when the last parts or the completion of an upload fail, and the file is not there.
     """
 
     def __init__(self, storage: Storage, target: str):
@@ -189,15 +212,27 @@ class _Writer:
             if kind is None and self._storage.is_local:
                 os.replace(self._temporary, self._target)
             elif kind is None:
-                fs.copy_files(
-                    self._temporary,
-                    self._target,
-                    source_filesystem=fs.LocalFileSystem(),
-                    destination_filesystem=self._storage.filesystem,
-                )
+                self._upload()
         finally:
             if os.path.exists(self._temporary):
                 os.remove(self._temporary)
+
+    def _upload(self) -> None:
+        with pa.memory_map(self._temporary) as source:
+            data = source.read_buffer()
+        target = self._storage.filesystem.open_output_stream(self._target)
+        target.write(
+            data
+        )  # in one call: a stream that is dropped half-way, by an interrupt say, would publish its half
+        target.close()
+
+
+def _patient(filesystem: fs.FileSystem) -> fs.FileSystem:
+    """The same file system; if it is S3, with our retries, which a URL cannot ask for."""
+    if not isinstance(filesystem, fs.S3FileSystem):
+        return filesystem
+    _, (settings,) = filesystem.__reduce__()
+    return fs.S3FileSystem(**settings, retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS))
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -20,9 +20,10 @@ from hubert_ray.config.recipe import Mfcc
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.frames import SAMPLE_RATE
+from hubert_ray.data.loader import ahead
 from hubert_ray.model.hubert import Encoder
 
-GROUP_SECONDS = 600.0
+GROUP_SECONDS = 600.0  # of audio whose features are in memory at a time
 
 
 class FeatureExtractor(Protocol):
@@ -98,6 +99,6 @@ class LayerExtractor:
 
 
 def in_groups(extractor: FeatureExtractor, utterances: UtteranceReader) -> Iterator[list[np.ndarray]]:
-    """Features of all utterances in their order, as lists of about ten minutes of audio: what is in memory at a time."""
-    for rows in utterances.groups(GROUP_SECONDS):
-        yield extractor([utterances.wave(row) for row in rows])
+    """Features of all utterances in their order, as lists of about ten minutes of audio; the next ten are read meanwhile."""
+    for waves in ahead(utterances.waves, utterances.groups(GROUP_SECONDS), 1):
+        yield extractor(waves)

@@ -228,7 +228,7 @@ def test_pieces_joined_are_the_whole(rate, seconds, monkeypatch):
     wave = 0.1 * np.random.default_rng(1).standard_normal(round(rate * seconds))
     data = encoded(wave, rate, kind="WAV", subtype="FLOAT")
     whole_S = audio.decode(data)
-    monkeypatch.setattr(audio, "BLOCK_SECONDS", 2)
+    monkeypatch.setattr(audio, "PIECE_SECONDS", 2.0)
     found = list(audio.pieces(io.BytesIO(data)))
     assert len(found) == np.ceil(seconds / 2)
     assert max(map(len, found)) <= 32_000
@@ -241,7 +241,7 @@ def test_pieces_joined_are_the_whole(rate, seconds, monkeypatch):
 
 
 def test_a_long_recording_that_ends_early_gives_what_it_has(monkeypatch):
-    monkeypatch.setattr(audio, "BLOCK_SECONDS", 0.25)
+    monkeypatch.setattr(audio, "PIECE_SECONDS", 0.25)
     data = encoded(NOISE)
     found = []
     with pytest.raises(AudioError, match="undecodable"):

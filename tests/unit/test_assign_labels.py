@@ -1,0 +1,56 @@
+"""Does a worker of assign_labels give every utterance its own labels, in whatever company and order it is computed?"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from hubert_ray.config.recipe import Layer, Mfcc
+from hubert_ray.config.sizes import TINY
+from hubert_ray.data import audio
+from hubert_ray.data.shards import write_shard
+from hubert_ray.formats.native import ModelCard
+from hubert_ray.model.hubert import Encoder
+from hubert_ray.stages.assign_labels import Labeller
+from hubert_ray.stages.context import ModelAt, TeacherAt
+from hubert_ray.storage import layout, schemas
+from hubert_ray.storage.filesystem import Storage
+from hubert_ray.units import features
+from hubert_ray.units.kmeans import Codebook, assign
+from tests.unit.test_shards import CORPUS, utterance
+
+SEEDS = [9, 2, 14, 0, 5, 11]  # lengths rise with the seed: not sorted
+
+
+@pytest.fixture
+def storage(tmp_path) -> Storage:
+    storage = Storage(str(tmp_path))
+    table = write_shard(storage, CORPUS, "s", [utterance(f"u{n}", seed) for n, seed in enumerate(SEEDS)]).manifest
+    storage.write(f"{CORPUS}/{layout.part('s')}", schemas.encode(table))
+    torch.manual_seed(0)
+    size = msgspec.structs.replace(TINY, layers=1)
+    weights = {f"encoder.{name}": value for name, value in Encoder(size).state_dict().items()}
+    storage.write(f"model/{layout.MODEL_CONFIG}", msgspec.json.encode(ModelCard("hubert", size)))
+    storage.write(f"model/{layout.MODEL}", safetensors.torch.save(weights))
+    return storage
+
+
+@pytest.mark.parametrize("teacher", [Mfcc(), Layer(of="x", layer=1)], ids=["mfcc", "layer"])
+@pytest.mark.parametrize("seconds", [0.2, 60.0])  # of a group: one utterance, all of them
+def test_labels_are_those_of_each_utterance_alone(storage, monkeypatch, teacher, seconds):
+    monkeypatch.setattr(features, "GROUP_SECONDS", seconds)
+    at = TeacherAt(teacher, ModelAt(storage, "model"))
+    extractor, rng = at.open(), np.random.default_rng(0)
+    alone = [extractor([audio.decode(utterance("x", seed).audio)])[0] for seed in SEEDS]
+    centroids_KD = rng.permutation(np.concatenate(alone))[:12]
+    facts = Labeller(storage, CORPUS, "labels", at, Codebook(centroids_KD, (12,)), "cpu")("s")
+    table = schemas.decode(storage.read(f"labels/{layout.part('s')}"))
+    assert table["utterance_id"].to_pylist() == [f"u{n}" for n in range(len(SEEDS))]
+    assert table["frame_rate_hz"].unique().to_pylist() == [extractor.frame_rate_hz]
+    for got, frames_FD in zip(table["labels"].to_pylist(), alone, strict=True):
+        assert got == assign(frames_FD, centroids_KD)[0].tolist()
+    assert facts == {"labels": sum(map(len, alone))}
+    assert len({tuple(labels) for labels in table["labels"].to_pylist()}) == len(set(SEEDS))
