@@ -82,6 +82,7 @@ def write_shard(
     corpus_path: str,
     shard: str,
     utterances: Iterable[RawUtterance | Rejected],
+    *,
     checks: Checks = Checks(),  # noqa: B008  # frozen
     segments: Segments | None = None,
 ) -> ShardTables:
@@ -95,7 +96,7 @@ def write_shard(
 
 
 def index_shard(
-    shard: str, utterances: Iterable[RawUtterance | Rejected], checks: Checks, segments: Segments | None = None
+    shard: str, utterances: Iterable[RawUtterance | Rejected], *, checks: Checks, segments: Segments | None = None
 ) -> ShardTables:
     """The same tables for a tar that is there already; its utterances say at which byte they lie."""
     return _tables(shard, utterances, checks, segments, lambda utterance: utterance.offset)

@@ -14,9 +14,8 @@ from typing import Any
 class Window(io.RawIOBase):
     """A file of `size` bytes whose bytes come from `fetch(start, count)`."""
 
-    BLOCK = (
-        128 * 1024
-    )  # bytes: few requests for half a minute of FLAC (0.5 MB), few bytes for each place that seeking probes
+    # Bytes: few requests for half a minute of FLAC (0.5 MB), few bytes for each place that seeking probes.
+    BLOCK = 128 * 1024
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int):
         self._fetch, self._size = fetch, size

@@ -46,9 +46,9 @@ class _ShardWriter:
         checks = self.corpus.checks
         segments = None if isinstance(self.corpus, EmbeddedCorpus) else self.corpus.segments
         if source.shard_bytes:
-            tables = write_shard(self.storage, self.path, shard, utterances, checks, segments)
+            tables = write_shard(self.storage, self.path, shard, utterances, checks=checks, segments=segments)
         else:
-            tables = index_shard(shard, utterances, checks, segments)
+            tables = index_shard(shard, utterances, checks=checks, segments=segments)
         self.storage.write(f"{self.path}/{layout.part(shard)}", schemas.encode(tables.manifest))
         self.storage.write(f"{self.path}/{_quarantine_part(shard)}", schemas.encode(tables.quarantine))
         return {"utterances": tables.manifest.num_rows}

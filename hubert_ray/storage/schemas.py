@@ -26,10 +26,7 @@ MANIFEST = pa.schema(
         ("offset", pa.int64()),  # of the compressed recording inside the tar, bytes; several rows may be ranges of one
         ("size", pa.int64()),  # of the compressed recording, bytes
         ("first", pa.int64()),  # where the utterance begins in its recording, samples at the stored rate
-        (
-            "stored_samples",
-            pa.int64(),
-        ),  # how many it has from there, at the stored rate; -1: the recording is the utterance
+        ("stored_samples", pa.int64()),  # how many it has from there; -1: all, the utterance is the recording
         ("samples", pa.int64()),  # length at 16 kHz after resampling
         ("sample_rate_hz", pa.int32()),  # of the stored audio
         ("speech_share", pa.float32()),  # of a range, as voice activity has it; null for a whole recording

@@ -61,7 +61,7 @@ class Run:
 
     def seal_corpus(self) -> None:
         lax = Checks(reject_duplicates=False)
-        tables = write_shard(self.storage, self.corpus.path, "train-00000", self.utterances, lax)
+        tables = write_shard(self.storage, self.corpus.path, "train-00000", self.utterances, checks=lax)
         self.storage.write(self.corpus.file(layout.MANIFEST), schemas.encode(tables.manifest))
         self.corpus.seal({"utterances": tables.manifest.num_rows, "quarantined": self.quarantined})
         rng = np.random.default_rng(0)

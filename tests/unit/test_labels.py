@@ -231,7 +231,7 @@ def ramp_corpus(storage: Storage) -> Manifest:
             wave = (np.arange(SAMPLES[name]) * RAMP).astype(np.float32)
             soundfile.write(buffer, wave, 16_000, format="WAV", subtype="FLOAT")
             raws.append(RawUtterance(name, "s", "train", "wav", buffer.getvalue()))
-        tables.append(write_shard(storage, "corpora/c", shard, raws, RAMPS_ARE_FINE).manifest)
+        tables.append(write_shard(storage, "corpora/c", shard, raws, checks=RAMPS_ARE_FINE).manifest)
     return Manifest(pa.concat_tables(tables))
 
 

@@ -54,9 +54,9 @@ def read(corpus: Corpus, out: Path) -> list[ShardTables]:
     for shard, groups in plan_shards(source.groups(), source.shard_bytes).items():
         utterances = (item for group in groups for item in source.read(group))
         if source.shard_bytes:
-            tables.append(write_shard(Storage(str(out)), "c", shard, utterances, corpus.checks))
+            tables.append(write_shard(Storage(str(out)), "c", shard, utterances, checks=corpus.checks))
         else:
-            tables.append(index_shard(shard, utterances, corpus.checks))
+            tables.append(index_shard(shard, utterances, checks=corpus.checks))
     return tables
 
 
