@@ -24,7 +24,7 @@ import hashlib
 import io
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -84,10 +84,11 @@ class BundleCard(msgspec.Struct, frozen=True, kw_only=True):
     sha256: dict[str, str]  # of each other file
     digest: str = ""  # sha256 of all of the above: what these units are
 
-    def own_digest(self) -> str:
-        """What `digest` must be."""
-        plain = msgspec.json.encode(msgspec.structs.replace(self, digest=""), order="deterministic")
-        return hashlib.sha256(plain).hexdigest()
+    @staticmethod
+    def digest_of(plain: dict[str, Any]) -> str:
+        """What `digest` must be. Of the card as it stands in its file: settings that a later version adds do not change it."""
+        rest = {name: value for name, value in plain.items() if name != "digest"}
+        return hashlib.sha256(msgspec.json.encode(rest, order="deterministic")).hexdigest()
 
 
 class UnitBundle:
@@ -186,7 +187,7 @@ def make_bundle(
         versions=seals["codebook"].facts["versions"],
         sha256={name: _copy(artifact, name, target) for name, artifact in pieces.items()},
     )
-    card = msgspec.structs.replace(card, digest=card.own_digest())
+    card = msgspec.structs.replace(card, digest=BundleCard.digest_of(msgspec.to_builtins(card)))
     target.write(CARD, msgspec.json.format(msgspec.json.encode(card), indent=1))  # last: without it there is no bundle
     return card
 
@@ -252,12 +253,13 @@ def _card(file: Path) -> BundleCard:
             "`hubert-ray bundle --recipe … --of … FOLDER`"
         )
     try:
-        card = msgspec.json.decode(file.read_bytes(), type=BundleCard)
+        plain = msgspec.json.decode(file.read_bytes())
+        card = msgspec.convert(plain, BundleCard)
     except (OSError, msgspec.DecodeError) as error:
         raise BundleError(f"{file}: cannot be read ({error})") from error
-    if card.digest != card.own_digest():
+    if card.digest != (found_digest := BundleCard.digest_of(plain)):
         raise BundleError(
-            f"{file}: was altered: its digest is {card.digest[:16]}, its content's {card.own_digest()[:16]}. Layer, rate, windows "
+            f"{file}: was altered: its digest is {card.digest[:16]}, its content's {found_digest[:16]}. Layer, rate, windows "
             "and digests belong together; copy the bundle again, or make another one"
         )
     kind = type(card.teacher)
