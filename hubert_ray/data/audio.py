@@ -272,7 +272,8 @@ class _Signal:
         wave_S = _mono(wave_SC).astype(np.float64)
         self._samples += len(wave_S)
         self._sum += float(wave_S.sum())
-        self._squares += float(wave_S @ wave_S)
+        # Not by BLAS, whose threads spin and change the order of the sum.
+        self._squares += float(np.square(wave_S).sum())
 
     def checked(self, checks: Checks, samples: int) -> Recording:
         """The recording, `samples` long at 16 kHz. Raises AudioError where the signal is not as `checks` ask for."""

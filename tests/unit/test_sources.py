@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -213,6 +215,40 @@ def test_row_groups_of_parquet_files(tmp_path):
     assert [u.audio for u in found] == [
         recording(n, "WAV" if n % 2 else "FLAC") for n in (5, 6, 7, 8, 9, 0, 1, 2, 3, 4)
     ]
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from hubert_ray.config.recipe import Parquet, WebDataset
+from hubert_ray.data.corpora import open_source
+
+def peak_kib():  # getrusage would count the memory of the process that this one was forked from
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+source = open_source({"parquet": Parquet, "tar": WebDataset}[sys.argv[1]](name="c", path=sys.argv[2]))
+(group,) = source.groups()
+before = peak_kib()
+audio = sum(len(found.audio) for found in source.read(group))
+print(audio, peak_kib() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells peak memory on Linux only")
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_row_group_or_tar_is_never_in_memory_as_a_whole(tmp_path, kind):
+    """64 MiB of recordings cost a process of its own less than 40."""
+    recordings = [bytes([n]) * 2**18 for n in range(256)]
+    if kind == "tar":
+        tar(tmp_path / "a.tar", {f"{n}.flac": data for n, data in enumerate(recordings)})
+    else:
+        table = pa.table({"audio": pa.array(recordings, pa.binary())})
+        options = {"compression": "none", "use_dictionary": False, "write_batch_size": 1}  # a page for a few rows
+        pq.write_table(table, tmp_path / "a.parquet", **options)
+    command = [sys.executable, "-c", MEASURED, kind, str(tmp_path)]
+    audio, kib = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert audio == 2**26
+    assert kib < 40 * 1024
 
 
 def test_groups_without_a_size_limit_are_shards_of_their_own():

@@ -1,7 +1,8 @@
 """Which recordings does a table name or hold? CSV, TSV and JSONL tables of paths; Parquet with the audio in a column.
 
 Neither is ever in memory as a whole: a table of paths is streamed once to find where its groups of rows begin, and then a
-group at a time; of Parquet the footers are read, and then a row group in small batches.
+group at a time; of Parquet the footers are read, and then a page at a time (pyarrow writes 1024 rows to a page, or a row group
+where that is smaller).
 """
 
 from __future__ import annotations
@@ -270,7 +271,7 @@ class ParquetSource(Placed):
     def _rows(self, path: str, number: int, split: str) -> Iterator[RawUtterance | Rejected]:
         corpus = self._corpus
         with self.storage.open(path) as file:
-            table = pq.ParquetFile(file, buffer_size=BUFFER)
+            table = pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)  # else the row group is fetched whole
             first = sum(table.metadata.row_group(earlier).num_rows for earlier in range(number))
             roles = {
                 "audio": corpus.audio_column,
