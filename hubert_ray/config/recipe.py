@@ -212,9 +212,9 @@ class Kmeans(Settings, frozen=True, kw_only=True):
         30  # Lloyd passes at most, over all frames as over each smaller share; fairseq: max_iter 100
     )
     tolerance: NotNegative = 2e-4  # stop when the inertia falls by less than this share in a pass; fairseq: tol 0
-    # mini_batch: on batches of 10,000 frames, as fairseq's; see the figures in units/kmeans.py
+    # mini_batch: on batches of 10,000 frames, as fairseq's; why not by default: units/kmeans.py, MiniBatchFit
     algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
-    # parallel: k-means‖ over all of the sampled frames instead of k-means++ over a subsample; see units/kmeans.py
+    # parallel: k-means‖ in the holders instead of k-means++ on a subsample; why not by default: kmeans_reduce.py, oversample
     seeding: Literal["plus_plus", "parallel"] = "plus_plus"
     seedings: Count = (
         3  # refined k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20

@@ -229,7 +229,11 @@ class FeatureSample:
         self, clusters: int, stride: int, dims: tuple[int, int], rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Candidates (M, D) for starting centroids, and the number of frames that each is the nearest of, (M,): k-means‖
-        (Bahmani et al. 2012) in five rounds of about 2 x `clusters` draws, over every `stride`th frame of each block."""
+        (Bahmani et al. 2012) in five rounds of about 2 x `clusters` draws, over every `stride`th frame of each block.
+
+        Not the default: on MFCC with 100 clusters it starts 3 to 4 % lower than k-means++ on a subsample (inertia 1681 to 1687, not
+        1733 to 1745, three seeds each), and ends where that does (1349 to 1352, and 1350 to 1351). On one core with 122,000 frames
+        it took twice the processor time of that seeding, which here is spread over the holders."""
         candidates_MD = np.asarray(self.draw(1, rng)[:, slice(*dims)], dtype=np.float32)
         for _ in range(ROUNDS):
             fit = Fit(candidates_MD, stride, dims=dims)

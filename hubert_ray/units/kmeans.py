@@ -181,6 +181,10 @@ class MiniBatchFit(Fit):
     mean of the frames that were ever assigned to it. When the mean inertia of `_WINDOW` batches is no lower than that of as many
     before, an ordinary `Fit` makes one pass over all frames, to say what the inertia is.
 
+    Not the default, since it does not pay where the frames are in memory anyway: on 732,995 frames of MFCC, 100 clusters, three
+    seeds with either seeding, it ended at an inertia of 1364 to 1370 after 300 to 500 batches, Lloyd's growing passes at 1349 to
+    1352 in less time. A batch has a hundred frames of each block, and costs more in calls than in distances.
+
     `stride` is how many times a batch goes into all frames; `inertia_history` has an entry per window.
     """
 

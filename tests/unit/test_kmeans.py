@@ -178,13 +178,27 @@ def test_a_mini_batch_depends_on_its_number_and_the_block_alone():
     assert len(fit.frames(frames[:0], 5)) == 0
 
 
+def test_a_centroid_of_mini_batches_is_the_mean_of_all_frames_it_ever_had():
+    frames, settings = blobs(count=30_000), Kmeans(clusters=4, algorithm="mini_batch")
+    fit = kmeans.MiniBatchFit(frames[:4], kmeans.batch_stride(len(frames)), seed=1)
+    sums, counts = np.zeros((4, 7)), np.zeros(4)
+    for _ in range(5):
+        part = kmeans.partial(fit.frames(frames, 0), fit.centroids_KD)
+        sums, counts = sums + part.sums_KD, counts + part.counts_K
+        fit = fit.advance(part, settings)
+        np.testing.assert_allclose(fit.centroids_KD, sums / counts[:, None], rtol=1e-6)
+
+
 def test_seeding_minds_weights():
-    """Two heaps far apart, one of them with all of the weight: the centroids are there."""
-    frames = np.concatenate([blobs(count=200, seed=1), blobs(count=200, seed=1) + 1000]).astype(np.float32)
-    weights = np.repeat([0, 1], 200)
-    seeded = kmeans.seed(frames, 5, 2, np.random.default_rng(0), weights)
-    assert (seeded.mean(1) > 500).sum() >= 4  # the first one is drawn without regard to weights
-    same = [kmeans.seed(frames, 5, 2, np.random.default_rng(0), w) for w in (None, np.ones(400))]
+    """0 and 1 stand for 300 frames each, the two at 10 for one each: greedy draws prefer 0 and 1, the best of several even more."""
+    frames, weights = np.array([[0], [1], [10], [10]], dtype=np.float32), np.array([300, 300, 1, 1])
+
+    def found(draws):
+        return [set(kmeans.seed(frames, 2, draws, np.random.default_rng(i), weights)[:, 0]) for i in range(200)]
+
+    assert 65 < sum(centroids == {0, 1} for centroids in found(1)) < 110  # half begin with a 10
+    assert sum(centroids == {0, 1} for centroids in found(9)) > 190
+    same = [kmeans.seed(blobs(), 5, 2, np.random.default_rng(0), w) for w in (None, np.ones(3000))]
     assert same[0].tobytes() == same[1].tobytes()
 
 
