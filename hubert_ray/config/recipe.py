@@ -80,8 +80,7 @@ class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_fi
     """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
 
     Libri-light too, whose `<recording>.json` tells the speaker, and whose subsets (small, medium, large) are for training.
-    `alignments` is a folder of phone times, or None: the same tree with `<utterance>.phn` files, whose lines are
-    `start end phone`, times in samples at 16 kHz, end exclusive.
+    `alignments` is where phone times are, or None: TextGrid or .phn files in the same tree, or CTM files (data/alignments.py).
     """
 
     name: str
@@ -98,10 +97,12 @@ class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="
     """Any tree of .flac, .wav, .ogg, .opus and .mp3 files; `<file>.txt` beside a recording is its transcript.
 
     `[<subset>/]<speaker>/…/<recording>`. An utterance's id is its path below `path`, without the suffix.
+    `alignments` as for LibriSpeech.
     """
 
     name: str
     path: str
+    alignments: str | None = None
     dev_speakers: tuple[str, ...] = ()
     test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import msgspec
 
 from hubert_ray.config.recipe import AudioFolder, LibriSpeech
+from hubert_ray.data.alignments import Alignments
 from hubert_ray.data.corpora.source import SUFFIXES, Group, Placed, one_line, split_of
 from hubert_ray.data.shards import RawUtterance, Rejected, is_text
-from hubert_ray.errors import AudioError, CorpusError, StorageError
-from hubert_ray.storage.filesystem import Storage
+from hubert_ray.errors import AudioError, CorpusError
 
 
 class LibriSpeechSource(Placed):
@@ -20,19 +20,13 @@ class LibriSpeechSource(Placed):
 
     A group is a chapter. LibriSpeech's recordings are named `<speaker>-<chapter>-<n>`, which is their id; the id of any other
     is its path below the subset, since Libri-light's books repeat names. A missing transcript leaves an utterance without
-    text. Phone times, where `alignments` has the same tree with `<recording>.phn` files of `start end phone` lines in
-    samples, are read along.
+    text.
     """
 
     def __init__(self, corpus: LibriSpeech):
         super().__init__(corpus, "the folder that holds train-clean-100 …")
         self.shard_bytes = corpus.shard_mib * 2**20
-        self._alignments: Storage | None = None
-        if corpus.alignments:
-            try:
-                self._alignments, _ = Storage.of(corpus.alignments)
-            except StorageError as error:
-                raise CorpusError(f"corpus.alignments: {error}; expected a folder of .phn files") from error
+        self._alignments = Alignments(corpus.alignments)
 
     def groups(self) -> list[Group]:
         groups, speakers = [], set()
@@ -77,29 +71,12 @@ class LibriSpeechSource(Placed):
                     reader, speech = _metadata(self.recording(f"{group.name}/{stem}.json"), speaker)
                 except (AudioError, ValueError) as error:
                     yield Rejected(f"{stem}.json", "bad_metadata", f"{error}; the folder's speaker is used")
-            phones = None
-            try:
-                phones = self._phones(f"{group.name}/{stem}.phn")
-            except (AudioError, ValueError) as error:
-                yield Rejected(stem, "bad_alignment", f"{stem}.phn: {error}; the audio is used without phones")
+            phones, bad = self._alignments.read(f"{group.name}/{stem}", utterance_id)
+            if bad:
+                yield bad
             yield RawUtterance(utterance_id, reader, group.split, "flac", audio, text, phones, speech=speech)
         for name in texts:
             yield Rejected(name, "no_audio", f"{group.name} has a transcript but no recording of it")
-
-    def _phones(self, path: str) -> list[tuple[int, int, str]] | None:
-        """Raises ValueError where the file is not what it should be."""
-        if self._alignments is None:
-            return None
-        try:
-            lines = self._alignments.read(path).decode("utf-8").splitlines()
-        except FileNotFoundError:
-            return None
-        rows = [line.split() for line in lines if line.strip()]
-        phones = [(int(start), int(end), phone) for start, end, phone in rows]
-        times = [time for start, end, _ in phones for time in (start, end)]
-        if times != sorted(times) or (times and not 0 <= times[0] <= times[-1] < 2**31):
-            raise ValueError("times must rise from 0 on, in samples")
-        return phones
 
 
 def _transcripts(text: str) -> dict[str, str]:
@@ -127,6 +104,7 @@ class AudioFolderSource(Placed):
     def __init__(self, corpus: AudioFolder):
         super().__init__(corpus, "the folder that holds the recordings")
         self.shard_bytes = corpus.shard_mib * 2**20
+        self._alignments = Alignments(corpus.alignments)
 
     def groups(self) -> list[Group]:
         groups, speakers = [], set()
@@ -163,7 +141,10 @@ class AudioFolderSource(Placed):
                     text = one_line(self.text(f"{utterance_id}.txt"))
                 except AudioError as error:
                     yield Rejected(utterance_id, error.reason, error.detail)
-            yield RawUtterance(utterance_id, speaker, group.split, suffix[1:].lower(), audio, text)
+            phones, bad = self._alignments.read(utterance_id, utterance_id)
+            if bad:
+                yield bad
+            yield RawUtterance(utterance_id, speaker, group.split, suffix[1:].lower(), audio, text, phones)
 
 
 def _recordings_and_lone_texts(names: list[str]) -> list[str]:
