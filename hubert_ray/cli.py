@@ -1,4 +1,4 @@
-"""What can be typed? hubert-ray plan | run | <stage> | show | doctor | presets | remove | import | export |
+"""What can be typed? hubert-ray plan | run | <stage> | show | doctor | layers | stability | presets | remove | import | export |
 bundle | units | extract_features.
 
     hubert-ray run --recipe demo --storage ./runs
@@ -16,6 +16,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, get_origin
 
 import msgspec
 
@@ -23,7 +25,8 @@ from hubert_ray import __version__, pipeline
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_cluster, load_recipe
 from hubert_ray.config.presets import PRESETS
-from hubert_ray.config.recipe import Recipe
+from hubert_ray.config.recipe import Layer, Mfcc, Recipe, Teacher
+from hubert_ray.config.values import Clusters, Count, Positive
 from hubert_ray.errors import HubertRayError, RecipeError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--no-nodes", action="store_true", help="leave the nodes out: needs no Ray and answers at once")
+    _study_commands(commands)
     for stage in STAGES:
         sub = _command(commands, stage, _stage, f"run only {stage}; its inputs must be finished")
         sub.set_defaults(stage=stage)
@@ -125,6 +129,25 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("--storage", default="storage", help="folder or URL (default: ./storage)")
     remove.set_defaults(command=_remove)
     return parser
+
+
+def _study_commands(commands) -> None:
+    layers = _command(commands, "layers", _layers, "units of every layer of finished models; which should teach next")
+    layers.add_argument("--models", type=_names, help="iter1,… or <run>/<iteration>,… (default: all that are finished)")
+    layers.add_argument("--hours", type=_value(Positive), default=1.0, help="train audio fitted on (default: 1)")
+    layers.add_argument("--seeds", type=_value(Count), default=1, help="fits of a kind, averaged (default: 1)")
+    layers.add_argument("--abx", action="store_true", help="the ABX error of each layer too; needs hubert-ray[abx]")
+    stability = _command(
+        commands, "stability", _stability, "how much units depend on chance and on the amount of audio"
+    )
+    features = "mfcc,iter1:6,<run>/<iteration>:9 (default: the recipe's teachers, where finished)"
+    stability.add_argument("--features", type=_names, help=features)
+    hours = "train audio fitted on (default: 0.1,1)"
+    stability.add_argument("--hours", type=_value(list[Positive]), default=[0.1, 1.0], help=hours)
+    stability.add_argument("--seeds", type=_value(Count), default=10, help="fits of a kind (default: 10)")
+    for study in (layers, stability):
+        clusters = "numbers of clusters (default: 100,500)"
+        study.add_argument("--clusters", type=_value(list[Clusters]), default=[100, 500], help=clusters)
 
 
 def _command(commands, name: str, function, help_text: str) -> argparse.ArgumentParser:
@@ -237,6 +260,60 @@ def _nodes(storage: Storage, cluster: Cluster) -> list[NodeReport]:
 
     with connected(cluster):
         return ask_nodes(storage)
+
+
+def _layers(options: argparse.Namespace) -> None:
+    recipe, storage, cluster = _load(options)
+    models = options.models or pipeline.finished_models(recipe, storage)
+    if not models:
+        raise RecipeError(
+            f"no model of {recipe.name} is finished in {storage.url}; run pretrain first, or name one with --models"
+        )
+    settings = {
+        "clusters": options.clusters,
+        "hours": options.hours,
+        "seeds": options.seeds,
+        "abx": options.abx,
+    }
+    pipeline.study("layers", recipe, storage, cluster, _Connection(cluster), models, settings)
+
+
+def _stability(options: argparse.Namespace) -> None:
+    recipe, storage, cluster = _load(options)
+    if options.features:
+        features = [_teacher(name) for name in options.features]
+    else:
+        finished = pipeline.finished_models(recipe, storage)
+        teachers = dict.fromkeys(iteration.teacher for iteration in recipe.iterations)
+        features = [t for t in teachers if isinstance(t, Mfcc) or t.of in finished]
+    models = list(dict.fromkeys(teacher.of for teacher in features if isinstance(teacher, Layer)))
+    settings = {"features": features, "clusters": options.clusters, "hours": options.hours, "seeds": options.seeds}
+    pipeline.study("stability", recipe, storage, cluster, _Connection(cluster), models, settings)
+
+
+def _teacher(name: str) -> Teacher:
+    if name == "mfcc":
+        return Mfcc()
+    model, _, layer = name.rpartition(":")
+    if not (model and layer.isdecimal()):
+        raise RecipeError(f"--features {name}: expected mfcc, or a model and a layer such as iter1:6 or public/base:9")
+    return Layer(of=model, layer=int(layer))
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _value(kind: Any) -> Callable[[str], Any]:
+    """A reader of one value, or of several between commas, within the bounds of its type."""
+
+    def read(text: str) -> Any:
+        try:
+            return msgspec.convert(_names(text) if get_origin(kind) is list else text, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+    return read
 
 
 def _presets(_: argparse.Namespace) -> None:

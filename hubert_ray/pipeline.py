@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -354,6 +354,41 @@ def _check_corpus(recipe: Recipe, seal: Seal) -> None:
             f"in {', '.join(missing)}. Name speakers with corpus.dev_speakers and corpus.test_speakers, or turn both off: "
             "finetune = false and decode = false in the recipe file, --set finetune=null --set decode=null on the command line"
         )
+
+
+def study(
+    kind: str,
+    recipe: Recipe,
+    storage: Storage,
+    cluster: Cluster,
+    connect: AbstractContextManager,
+    models: Sequence[str],
+    settings: dict[str, Any],
+) -> None:
+    """Runs stages/<kind>.py on the recipe's corpus and on finished models: iterations of the recipe, or `<run>/<iteration>`.
+
+    It is no stage: nothing is made of what it finds, and it may be asked again for other settings; what it has measured stays.
+    """
+    artifacts = {step.stage.name: step.artifact for step in plan(recipe, storage)}
+    stages = {name: f"{name}/pretrain" for name in models}
+    inputs = {"corpus": artifacts["prepare_data"]} | {
+        name: artifacts.get(stage) or _elsewhere(storage, stage) for name, stage in stages.items()
+    }
+    for artifact in inputs.values():
+        artifact.require()
+    from hubert_ray.stages.context import Work  # with torch
+
+    function = getattr(importlib.import_module(f"hubert_ray.stages.{kind}"), kind)
+    output = Artifact(storage, layout.artifact(recipe.name, kind), identity_of(kind, {}, {}))
+    with connect:
+        function(Work(kind, recipe, cluster, output, inputs), **settings)
+
+
+def finished_models(recipe: Recipe, storage: Storage) -> list[str]:
+    """The recipe's iterations whose models are sealed."""
+    return [
+        step.stage.name.split("/")[0] for step in plan(recipe, storage) if step.stage.kind == "pretrain" and step.seal
+    ]
 
 
 def _execute(step: Planned, recipe: Recipe, cluster: Cluster) -> Seal:

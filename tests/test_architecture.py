@@ -109,6 +109,7 @@ def test_model_reads_only_frame_arithmetic_of_data():
         ("ray", lambda path: room(path) == "distributed"),
         ("deepspeed", lambda path: path == PACKAGE / "distributed" / "zero.py"),
         ("faiss", lambda path: path == PACKAGE / "units" / "kmeans.py"),
+        ("fastabx", lambda path: path == PACKAGE / "units" / "abx.py"),
         ("espeakng_loader", lambda path: path == PACKAGE / "data" / "espeak_voice.py"),
         ("silero_vad", lambda path: path == PACKAGE / "data" / "voice_activity.py"),
     ],

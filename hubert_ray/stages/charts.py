@@ -1,8 +1,9 @@
 """How does a list of numbers become a chart that needs nothing but a browser?
 
-Each function returns one `<figure>`: a title, a legend in HTML that wraps on a phone, and an inline SVG.
+Each chart function returns one `<figure>`: a title, a legend in HTML that wraps on a phone, and an inline SVG.
 Colours are the class names `c1` to `c5` and `grey`; the page's CSS gives them a light and a dark value, so a chart
-follows the reader's theme. Every mark carries a `<title>`, which browsers show on hover and screen readers speak.
+follows the reader's theme. `svg_file` puts drawings of lines into an SVG file instead, with colours of its own. Every mark
+carries a `<title>`, which browsers show on hover and screen readers speak.
 Values that are None, NaN or infinite are gaps: a line breaks there. With nothing to draw, the result is empty.
 """
 
@@ -105,13 +106,30 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return [points[index] for index in sorted(kept)]
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """The parts of a chart, before they become a figure of a page or a piece of a file."""
+
+    title: str
+    keys: Sequence[tuple[str, str, str]]  # of the legend: name, colour, kind of mark
+    parts: Sequence[Markup]  # of the SVG
+    width: int
+    height: float
+
+
 def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: Sequence[Level] = ()) -> Markup:
     """Several lines over one x axis, with the last value of each written at its end."""
+    drawing = draw_lines(title, series, x, y, levels)
+    return _figure(drawing) if drawing else Markup("")
+
+
+def draw_lines(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: Sequence[Level] = ()) -> Drawing | None:
+    """`line_chart` as a drawing; None where there is nothing to draw."""
     thinned = [(line, thin(line.points)) for line in sorted(series, key=lambda line: not line.faint)]
     lines = [(line, points) for line, points in thinned if _drawable(points)]
     heights = [(level, level.value) for level in levels if is_number(level.value)]
     if not lines:
-        return Markup("")
+        return None
     xs = [point[0] for _, points in lines for point in _drawable(points)]
     ys = [point[1] for _, points in lines for point in _drawable(points)] + [height for _, height in heights]
     y_ticks = nice_ticks(min([*ys, 0] if y.from_zero else ys), max(ys))
@@ -151,7 +169,7 @@ def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: S
         parts.append(_text(right + 7, position + 4, text, f"value {colour}"))
     keys = [(line.name, line.colour, "line") for line in series if not line.faint and _drawable(line.points)]
     keys += [(level.name, level.colour, "dash") for level, _ in heights]
-    return _figure(title, keys, parts, WIDTH, bottom + 38)
+    return Drawing(title, keys, parts, WIDTH, bottom + 38)
 
 
 def grouped_bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], value: Axis) -> Markup:
@@ -181,7 +199,7 @@ def grouped_bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], value:
             y += thickness
         y += gap
     keys = list(dict.fromkeys((bar.name, bar.colour, "block") for _, bars in drawn for bar, _ in bars))
-    return _figure(title, keys, parts, WIDTH, bottom + 42)
+    return _figure(Drawing(title, keys, parts, WIDTH, bottom + 42))
 
 
 def timeline(title: str, spans: Sequence[Span], keys: Sequence[tuple[str, str]], time: Axis) -> Markup:
@@ -208,7 +226,7 @@ def timeline(title: str, spans: Sequence[Span], keys: Sequence[tuple[str, str]],
         parts.append(_text(left - 12, y + row / 2 + 4, span.name, "name end"))
         parts.append(_rect(start, y + 5, max(stop - start, 2), row - 10, look, f"{span.name}: {took}"))
         parts.append(_text(max(stop, start + 2) + 7, y + row / 2 + 4, took, "tick"))
-    return _figure(title, [(name, colour, "block") for name, colour in keys], parts, WIDE, bottom + 42)
+    return _figure(Drawing(title, [(name, colour, "block") for name, colour in keys], parts, WIDE, bottom + 42))
 
 
 def heat_map(title: str, rows: Sequence[str], columns: Sequence[object], share: Sequence[Sequence[float]]) -> Markup:
@@ -245,7 +263,7 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[object], share: 
         parts.append(_text(left + (index + 0.5) * wide, bottom + 16, columns[index], "tick middle"))
     parts.append(_text(right, bottom + 34, "unit, ordered by its most frequent phone", "axis end"))
     scale = [(f"{share_shown:.0%}", "c1", f"heat h{share_shown * 100:.0f}") for share_shown in (0.05, 0.25, 0.5, 1)]
-    return _figure(title, scale, parts, WIDE, bottom + 42)
+    return _figure(Drawing(title, scale, parts, WIDE, bottom + 42))
 
 
 def _drawable(points: Sequence[Point]) -> list[tuple[float, float]]:
@@ -295,12 +313,55 @@ def _rect(x: float, y: float, width: float, height: float, look: str, tip: str) 
     return shape.format(look, x, y, width, height, tip)
 
 
-def _figure(
-    title: str, keys: Sequence[tuple[str, str, str]], parts: Sequence[Markup], width: int, height: float
-) -> Markup:
+def _figure(drawing: Drawing) -> Markup:
     key = Markup('<span class="key"><i class="{} {}"></i>{}</span>')
-    legend = Markup("").join(key.format(kind, colour, name) for name, colour, kind in keys)
+    legend = Markup("").join(key.format(kind, colour, name) for name, colour, kind in drawing.keys)
     return Markup(
         '<figure class="{}"><figcaption><b>{}</b><span class="keys">{}</span></figcaption><div class="plot">'
         '<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">{}</svg></div></figure>'
-    ).format("wide" if width == WIDE else "half", title, legend, width, height, title, Markup("").join(parts))
+    ).format(
+        "wide" if drawing.width == WIDE else "half",
+        drawing.title,
+        legend,
+        drawing.width,
+        drawing.height,
+        drawing.title,
+        Markup("").join(drawing.parts),
+    )
+
+
+# --- a file of its own ------------------------------------------------------------------------------------------------
+
+_COLOURS = {
+    "c1": "#0a62ab", "c2": "#c04a05", "c3": "#00775a", "c4": "#8b469f", "c5": "#8f6400", "grey": "#727b86"
+}  # fmt: skip
+# Without variables, which viewers other than browsers do not know.
+_FILE_STYLE = (
+    "text{fill:#59626d;font:12px sans-serif}text.title{fill:#16191d;font-weight:bold;font-size:14px}"
+    "text.value{font-weight:bold}text.end{text-anchor:end}text.middle{text-anchor:middle}.rule{stroke:#e4e1da;fill:none}"
+    ".line{stroke-width:2.25;fill:none;stroke-linejoin:round}.line.faint{stroke-width:1.2;opacity:.38}"
+    ".level{stroke-width:1.6;stroke-dasharray:5 4;fill:none}.hit{opacity:0}.hit.dot{opacity:1}"
+) + "".join(
+    f".line.{name},.level.{name},.key.{name}{{stroke:{hue}}}.value.{name},.hit.{name}{{fill:{hue}}}"
+    for name, hue in _COLOURS.items()
+)
+
+
+def svg_file(drawings: Sequence[Drawing | None]) -> str:
+    """One below the other, each under its title and legend, as a whole SVG file; those that are None are left out."""
+    margin, parts, y = 18, [], 0.0
+    drawn = [drawing for drawing in drawings if drawing]
+    for drawing in drawn:
+        head = 40 + 16 * len(drawing.keys)
+        names = [_text(0, 14, drawing.title, "title")]
+        for row, (name, colour, _) in enumerate(drawing.keys):
+            line = Markup('<path class="key {}" stroke-width="3" d="M0 {}H16"/>')
+            names += [line.format(colour, 30 + 16 * row), _text(22, 34 + 16 * row, name, "name")]
+        group = Markup('<g transform="translate({},{:.0f})">{}<g transform="translate(0,{})">{}</g></g>')
+        parts.append(group.format(margin, y + margin, Markup("").join(names), head, Markup("").join(drawing.parts)))
+        y += head + drawing.height + margin
+    wide = max((drawing.width for drawing in drawn), default=0) + 2 * margin
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1:.0f}" viewBox="0 0 {0} {1:.0f}">'
+        '<style>{2}</style><rect width="100%" height="100%" fill="#ffffff"/>{3}</svg>\n'
+    ).format(wide, y + margin, Markup(_FILE_STYLE), Markup("").join(parts))

@@ -85,12 +85,14 @@ class TeacherAt:
 
     teacher: Teacher
     model: ModelAt | None  # None for MFCC
+    untrained: bool = False  # another model of the same shape, with random weights: what the architecture alone gives
 
     def open(self) -> FeatureExtractor:
         if isinstance(self.teacher, Mfcc):
             return MfccExtractor(self.teacher)
         assert self.model is not None
-        return LayerExtractor(self.model.encoder(), self.teacher.layer)
+        encoder = self.model.untrained(seed=0) if self.untrained else self.model.encoder()
+        return LayerExtractor(encoder, self.teacher.layer)
 
 
 def teacher_at(work: Work, teacher: Teacher) -> TeacherAt:

@@ -25,7 +25,6 @@ from hubert_ray.units import kmeans as lloyd
 from hubert_ray.units.features import in_groups
 from hubert_ray.units.kmeans import Fit, MiniBatchFit
 
-SEEDING_FRAMES = 100  # per cluster; with fewer k-means++ goes for outliers, more only take longer
 _PROGRESS = "progress.npz"
 
 
@@ -100,7 +99,7 @@ def first_fits(sample: FeatureSample, settings: Kmeans) -> list[Fit]:
     fits, streams = [], len(settings.classes)
     for stream, clusters in enumerate(settings.classes):
         rng = np.random.default_rng(settings.seed)
-        frames_ND, weights_N = sample.draw(SEEDING_FRAMES * clusters, rng), None
+        frames_ND, weights_N = sample.draw(lloyd.SEEDING_FRAMES * clusters, rng), None
         width = frames_ND.shape[1]
         dims = lloyd.part_of(width, stream, streams) if settings.product else (0, width)
         frames_ND, stride = frames_ND[:, slice(*dims)], lloyd.first_stride(sample.frames, clusters)

@@ -21,6 +21,7 @@ from hubert_ray.config.recipe import Kmeans
 from hubert_ray.errors import RecipeError
 
 faiss.cvar.distance_compute_blas_threshold = 1  # below it, 3,282 frames of MFCC, faiss is six times slower per frame
+SEEDING_FRAMES = 100  # per cluster; with fewer k-means++ goes for outliers, more only take longer
 _BATCH_FRAMES, _WINDOW = 10_000, 100  # of mini-batches: fairseq's batch_size and max_no_improvement
 _CPU = torch.device("cpu")
 _ROWS_ON_GPU = 65_536  # whose distances from all centroids are there at a time
@@ -228,6 +229,16 @@ def batch_stride(frames: int) -> int:
 def first_stride(frames: int, clusters: int) -> int:
     """The largest stride that leaves each cluster frames enough to stand for all of them; faiss's own bound for samples."""
     return next((stride for stride in (16, 4) if frames >= stride * 256 * clusters), 1)
+
+
+def fit(frames_ND: np.ndarray, clusters: int, settings: Kmeans) -> Fit:
+    """A whole fit in one process, of `clusters` centroids by `settings`: what learn_kmeans makes of frames in many."""
+    rng = np.random.default_rng(settings.seed)
+    rows = np.sort(rng.choice(len(frames_ND), size=min(SEEDING_FRAMES * clusters, len(frames_ND)), replace=False))
+    found = Fit(seed(frames_ND[rows], clusters, settings.seedings, rng), first_stride(len(frames_ND), clusters))
+    while not found.done:
+        found = found.advance(partial(found.frames(frames_ND, 0), found.centroids_KD), settings)
+    return found
 
 
 def seed(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.distributed.cluster import check_fits, check_settings, connected
 from hubert_ray.errors import RecipeError
-from hubert_ray.stages import measure_layers
 
 MACHINE = {"CPU": 4.0, "GPU": 1.0}
 
@@ -68,10 +66,3 @@ def test_settings_that_exclude_each_other_are_refused_before_ray_is_up(settings,
         with connected(Cluster(**settings)):
             pytest.fail("the block ran")
     check_settings(Cluster(train_workers=1, train_gpus=0.5, precision="bf16"))
-
-
-def test_layers_are_measured_with_as_many_clusters_as_the_audio_suffices_for():
-    frames_ND = np.random.default_rng(0).normal(size=(12_000, 4)).astype(np.float32)
-    assert measure_layers._fit(frames_ND, 11_000).shape == (1200, 4)
-    assert measure_layers._fit(frames_ND[:300], 20).shape == (20, 4)
-    assert measure_layers._fit(frames_ND[:5], 20).shape == (1, 4)

@@ -28,7 +28,7 @@ KILLS = {
     "iter1/learn_kmeans": "runs/smoke/iter1/learn_kmeans/progress.npz",
     "iter1/assign_labels": "runs/smoke/iter1/assign_labels/parts/*.parquet",
     "iter1/pretrain": "runs/smoke/iter1/pretrain/checkpoints/*/_SUCCESS",
-    "iter1/measure_layers": "runs/smoke/iter1/measure_layers/_STARTED",
+    "iter1/measure_layers": "runs/smoke/iter1/measure_layers/cells/*.json",
     "finetune/pretrained": "runs/smoke/finetune/pretrained/trials/*/metrics.jsonl",
     "decode": "runs/smoke/decode/lm.arpa",
     "report": "runs/smoke/report/_STARTED",

@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hubert_ray.config.recipe import Kmeans
 from hubert_ray.errors import RecipeError
 from hubert_ray.units import kmeans
-from hubert_ray.units.quality import PhoneCounts, entropy_bits, quality
 
 
 def blobs(count=3000, dim=7, clusters=6, seed=0):
@@ -214,51 +211,13 @@ def test_assignment_by_torch_is_that_by_faiss():
     assert [len(part) for part in kmeans.assign_by_torch(frames[:0], centroids, torch.device("cpu"))] == [0, 0]
 
 
-def slow_quality(pairs):
-    phones, units = zip(*pairs, strict=True)
-    total = len(pairs)
-    joint = {}
-    for pair in pairs:
-        joint[pair] = joint.get(pair, 0) + 1 / total
-    share = lambda values, v: sum(x == v for x in values) / total  # noqa: E731
-    information = sum(p * np.log(p / (share(phones, i) * share(units, j))) for (i, j), p in joint.items())
-    entropy = -sum(share(phones, i) * np.log(share(phones, i)) for i in set(phones))
-    phone_purity = sum(max(joint.get((i, j), 0) for i in set(phones)) for j in set(units))
-    cluster_purity = sum(max(joint.get((i, j), 0) for j in set(units)) for i in set(phones))
-    return (information / entropy if entropy else 0.0), phone_purity, cluster_purity
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=80))
-@settings(max_examples=60, deadline=None)
-def test_quality_against_the_definition(pairs):
-    table = np.zeros((5, 7), dtype=np.int64)
-    for pair in pairs:
-        table[pair] += 1
-    found = quality(table)
-    expected = slow_quality(pairs)
-    assert (found.pnmi, found.phone_purity, found.cluster_purity) == pytest.approx(expected, abs=1e-9)
-    assert found.frames == len(pairs)
-
-
-def test_counts_follow_the_10_ms_grid_at_both_rates():
-    phones = [{"start": 0, "end": 640, "phone": "SIL"}, {"start": 640, "end": 1600, "phone": "AH1"}]
-    at_50, at_100 = PhoneCounts(3), PhoneCounts(3)
-    at_50.add(phones, np.array([0, 0, 1, 1, 2]), 50)
-    at_100.add(phones, np.array([0, 0, 0, 0, 1, 1, 1, 1, 2, 2]), 100)
-    np.testing.assert_array_equal(at_50.table(), at_100.table())
-    assert at_50.phones() == ["AH", "SIL"]
-    np.testing.assert_array_equal(at_50.table(), [[0, 4, 2], [4, 0, 0]])
-
-
-def test_counts_end_with_the_shorter_sequence():
-    counts = PhoneCounts(2)
-    counts.add([{"start": 0, "end": 16_000, "phone": "A"}], np.array([1, 1, 0]), 100)
-    np.testing.assert_array_equal(counts.table(), [[1, 2]])
-
-
-def test_no_phones_no_quality():
-    assert PhoneCounts(4).quality() is None
-
-
-def test_entropy():
-    assert entropy_bits(np.array([1, 1, 1, 1, 0])) == pytest.approx(2.0)
+def test_a_fit_in_one_process_is_that_of_the_growing_passes():
+    frames = blobs(count=3000, clusters=20)
+    chosen = Kmeans(clusters=20, seed=5)
+    found = kmeans.fit(frames, 20, chosen)
+    assert found.done
+    rng = np.random.default_rng(5)
+    rows = np.sort(rng.choice(3000, size=20 * kmeans.SEEDING_FRAMES, replace=False))
+    start = kmeans.seed(frames[rows], 20, chosen.seedings, rng)
+    np.testing.assert_array_equal(found.centroids_KD, fitted(frames, start)[0].centroids_KD)
+    assert not np.array_equal(kmeans.fit(frames, 20, Kmeans(clusters=20, seed=6)).centroids_KD, found.centroids_KD)
