@@ -158,6 +158,8 @@ AUDIO: dict[str, tuple[bytes, str | int]] = {
     "mp3-cut.mp3": (MP3[: len(MP3) // 2], "undecodable"),
     "vorbis.ogg": (VORBIS, SECOND),
     "vorbis-cut.ogg": (VORBIS[: len(VORBIS) // 2], "undecodable"),
+    "vorbis-last-page-gone.ogg": (VORBIS[: VORBIS.rindex(b"OggS")], "undecodable"),
+    "vorbis-cut-in-last-header.ogg": (VORBIS[: VORBIS.rindex(b"OggS") + 5], "undecodable"),
     "vorbis-last-byte-gone.ogg": (VORBIS[:-1], "undecodable"),
     "vorbis-overwritten.ogg": (overwritten(VORBIS), "undecodable"),
     "opus.opus": (OPUS, SECOND),
