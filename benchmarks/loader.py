@@ -40,6 +40,7 @@ from hubert_ray.config.recipe import Pretrain
 from hubert_ray.data.batching import BatchPlan, MicroBatch
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of
+from hubert_ray.data.index import write_index
 from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.loader import FETCHES, ahead
 from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance, write_shard
@@ -110,7 +111,9 @@ class Bench:
         steps = range(max(1, plan.steps_per_epoch - 1))  # the last one is filled up from the beginning
         self._batches = [batch for step in steps for batch in plan.step(step)]
         self._rows = np.concatenate([batch.rows for batch in self._batches]).tolist()
-        self._labels = LabelStore(local, LABELS, manifest, 50)
+        self._labels = LabelStore(
+            local, CORPUS, LABELS, write_index(local, CORPUS, [(shard, "train", "") for shard in manifest.shards()]), 50
+        )
 
     def _rate(self, begun: float, rows: list[int]) -> float:
         return float(self._manifest.numbers("samples")[rows].sum() / SAMPLE_RATE / (time.perf_counter() - begun))

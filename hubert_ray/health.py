@@ -15,15 +15,14 @@ from typing import Literal
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Kmeans, Pretrain
 from hubert_ray.config.sizes import ModelSize
-from hubert_ray.data.corpora.source import SPLITS
 from hubert_ray.data.frames import CONV_KERNELS, RECEPTIVE_FIELD, SAMPLE_RATE, frames_of
+from hubert_ray.data.index import Index, repeated
 from hubert_ray.data.labels import LabelStore
-from hubert_ray.data.shards import AudioReader, Manifest
+from hubert_ray.data.shards import AudioReader, draw_share
 from hubert_ray.errors import HubertRayError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
@@ -51,18 +50,17 @@ class Finding:
 
 def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
     """Of a sealed corpus: its shards, splits and sample rates; with `read_audio` also its duplicates."""
-    columns = ["utterance_id", "speaker", "split", "shard", "offset", "size", "samples", "sample_rate_hz"]
-    manifest = Manifest.read(artifact.storage, artifact.path, columns)
+    index = Index.open(artifact.storage, artifact.path)
     facts = artifact.require().facts
-    yield _shards(artifact.storage, artifact.path, manifest, f"; make it again after {artifact.remove_command()}")
-    yield _speakers(manifest)
+    yield _shards(artifact.storage, artifact.path, index, f"; make it again after {artifact.remove_command()}")
+    yield _speakers(index.contents.shared_speakers)
     if read_audio:
-        yield _duplicates(artifact.storage, artifact.path, manifest)
-    low = int((manifest.numbers("sample_rate_hz") < SAMPLE_RATE).sum())
+        yield _duplicates(artifact.storage, artifact.path, index)
+    low = index.contents.low_rate
     yield Finding(
         "corpus.sample_rate",
-        "warning" if low > MUCH_UPSAMPLED * len(manifest) else "ok",
-        f"{low} of {len(manifest)} utterances are stored below {SAMPLE_RATE} Hz",
+        "warning" if low > MUCH_UPSAMPLED * len(index) else "ok",
+        f"{low} of {len(index)} utterances are stored below {SAMPLE_RATE} Hz",
         "clusters that tell telephone speech from wideband speech, not phones from each other",
     )
     bad, total = facts["quarantined"], facts["quarantined"] + facts["utterances"]
@@ -74,57 +72,50 @@ def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
     )
 
 
-def _shards(storage: Storage, path: str, manifest: Manifest, again: str) -> Finding:
-    ends = pa.table({"shard": manifest.table["shard"], "end": pc.add(manifest.table["offset"], manifest.table["size"])})
-    longest = ends.group_by("shard").aggregate([("end", "max")])
+def _shards(storage: Storage, path: str, index: Index, again: str) -> Finding:
     broken, reader = [], AudioReader(storage, path)
-    for shard, end in zip(longest["shard"].to_pylist(), longest["end_max"].to_pylist(), strict=True):
+    for shard, rows in index.by_shard():
+        end = int((index.numbers("offset")[rows] + index.numbers("size")[rows]).max())
         try:
-            reader.read(shard, end - 1, 1)
+            reader.read(shard.name, end - 1, 1)
         except HubertRayError:
-            broken.append(shard)
+            broken.append(shard.name)
     return Finding(
         "corpus.shards",
         "failed" if broken else "ok",
-        f"{len(broken)} of {len(longest)} shards are missing or cut short{_such_as(broken)}{again if broken else ''}",
+        f"{len(broken)} of {len(index.shards)} shards are missing or cut short{_such_as(broken)}{again if broken else ''}",
         "a run that stops in the middle of an epoch",
     )
 
 
-def _speakers(manifest: Manifest) -> Finding:
-    speakers = {split: set(pc.unique(manifest.split(split).table["speaker"]).to_pylist()) for split in SPLITS}
-    shared = sorted((speakers["train"] & (speakers["dev"] | speakers["test"])) - {""})  # "" is an unknown speaker
+def _speakers(shared: tuple[str, ...]) -> Finding:
     return Finding(
         "corpus.speakers",
         "warning" if shared else "ok",
-        f"{len(shared)} speakers are in train and in dev or test{_such_as(shared)}",
+        f"{len(shared)} speakers are in train and in dev or test{_such_as(list(shared))}",
         "error rates on voices that the model has been trained on",
     )
 
 
-def _duplicates(storage: Storage, path: str, manifest: Manifest) -> Finding:
+def _duplicates(storage: Storage, path: str, index: Index) -> Finding:
     """Recordings with the same bytes; only those of equal size and length are read, and of them not more than a fair number."""
-    manifest = manifest.recordings()  # pieces of one share its bytes
-    sizes = manifest.numbers("size") * 2**32 + manifest.numbers("samples") % 2**32
-    order = np.argsort(sizes, kind="stable")
-    same = np.flatnonzero(sizes[order][1:] == sizes[order][:-1])
+    sizes_N, samples_N = index.numbers("size"), index.numbers("samples")
+    candidates = repeated(lambda rows: sizes_N[rows].astype(np.int64) << 31 ^ samples_N[rows], len(index))
+    candidates = candidates[index.begin_recordings(candidates)]  # pieces of one share its bytes
     reader = AudioReader(storage, path)
-    groups: dict[bytes, list[str]] = defaultdict(list)
-    candidates = np.unique(order[np.concatenate([same, same + 1])])
+    groups: dict[bytes, list[int]] = defaultdict(list)
     for row in candidates[:MUCH_READING].tolist():
-        name, shard, offset, size = (
-            manifest.table[column][row].as_py() for column in ("utterance_id", "shard", "offset", "size")
-        )
         try:
-            groups[hashlib.sha256(reader.read(shard, offset, size)).digest()].append(name)
+            audio = reader.read(index.shard_of(row), int(index.numbers("offset")[row]), int(sizes_N[row]))
         except HubertRayError:  # a shard that was cut short has a finding of its own
             continue
-    repeated = [" = ".join(names) for names in groups.values() if len(names) > 1]
+        groups[hashlib.sha256(audio).digest()].append(row)
+    same = [rows for rows in groups.values() if len(rows) > 1]
+    named = [" = ".join(index.id_of(storage, path, row) for row in rows) for rows in same[: EXAMPLES + 1]]
     return Finding(
         "corpus.duplicates",
-        "warning" if repeated else "ok",
-        f"{len(repeated)} recordings occur more than once{_such_as(repeated)}"
-        + _unread(len(candidates) - MUCH_READING),
+        "warning" if same else "ok",
+        f"{len(same)} recordings occur more than once{_such_as(named)}" + _unread(len(candidates) - MUCH_READING),
         "test speech in train, and speech that counts twice",
     )
 
@@ -138,9 +129,9 @@ def label_findings(
 ) -> Iterator[Finding]:
     """Of sealed labels: whether each utterance has those of its frames, and how they are spread over each stream's clusters."""
     name = labels.path.split("/")[-2]
-    manifest = Manifest.read(corpus.storage, corpus.path, ["utterance_id", "shard", "samples", "split"])
+    index = Index.open(corpus.storage, corpus.path)
     try:
-        store = LabelStore(corpus.storage, labels.path, manifest, frame_rate_hz, len(classes))
+        store = LabelStore(corpus.storage, corpus.path, labels.path, index, frame_rate_hz, len(classes))
     except HubertRayError as error:
         store, said = None, f"{error} First: {labels.remove_command()}"
     yield Finding(
@@ -153,7 +144,7 @@ def label_findings(
         "labels that slide against the audio: a loss that stays at the unigram entropy",
     )
     if store:
-        histograms = store.histograms(pc.equal(manifest.table["split"], "train").to_numpy(), classes)
+        histograms = store.histograms(index.rows_of("train"), classes)
         yield _spread(name, histograms, classes)
         measured = [stream["histogram"] for stream in labels.read_json(layout.QUALITY)["streams"]]
         same = [histogram_K.tolist() for histogram_K in histograms] == measured
@@ -201,11 +192,11 @@ def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, 
         "labels beyond the model's classes, or all of one class",
     )
     expected, stride = 0, SAMPLE_RATE // frame_rate_hz
-    manifest = Manifest.read(corpus.storage, corpus.path, ["shard", "samples", "split"]).split("train")
-    for shard in manifest.shards():
-        samples_N = manifest.where(pc.equal(manifest.table["shard"], shard)).numbers("samples")
-        chosen_N = samples_N[Manifest(pa.table({"samples": samples_N})).sample(kmeans.sample_share, kmeans.seed, shard)]
-        expected += int(((chosen_N - RECEPTIVE_FIELD) // stride + 1).sum())
+    train = Index.open(corpus.storage, corpus.path).split("train")
+    for shard, rows in train.by_shard():
+        chosen_N = draw_share(shard.utterances, kmeans.sample_share, kmeans.seed, shard.name) + rows.start
+        samples_N = train.numbers("samples")[chosen_N].astype(np.int64)
+        expected += int(((samples_N - RECEPTIVE_FIELD) // stride + 1).sum())
     fitted = codebook.require().facts["frames"]
     yield Finding(
         f"{name}.codebook.train_only",

@@ -20,7 +20,7 @@ import msgspec
 
 from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import EmbeddedCorpus, Iteration, Layer, Recipe, Teacher
+from hubert_ray.config.recipe import Iteration, Layer, Mix, Recipe, Teacher, parts_of
 from hubert_ray.errors import CorpusError, HubertRayError, RecipeError, StorageError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
@@ -77,6 +77,9 @@ def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> li
         "classes": classes,
         "frame_rate_hz": _frame_rate_hz(teacher),
         "settings": iteration.pretrain,
+        "languages": {part.name: part.language for part in recipe.corpus.parts}
+        if isinstance(recipe.corpus, Mix)
+        else {},
     }
     measured = {"layers": iteration.model.layers, "clusters": probe, "seconds": MEASURE_SECONDS}
     codebook, labels, model = f"{name}/learn_kmeans", f"{name}/assign_labels", f"{name}/pretrain"
@@ -157,13 +160,15 @@ def _path(recipe: Recipe, stage: Stage) -> str:
 
 def _identity_settings(stage: Stage) -> dict[str, Any]:
     """A stage's settings as plain data, without the places where things lie."""
-    corpus = stage.settings.get("corpus")
-    if corpus is not None and not isinstance(corpus, EmbeddedCorpus):
-        placeless = msgspec.to_builtins(corpus) | {"path": ""}
-        if placeless.get("alignments"):
-            placeless["alignments"] = "given"
-        return {"corpus": placeless}
-    return msgspec.to_builtins(stage.settings)
+    settings = msgspec.to_builtins(stage.settings)
+    if "corpus" in settings:
+        corpus = settings["corpus"]
+        for part in corpus.get("parts", [corpus]):
+            # Languages are no matter of reading either: they come with the settings of training.
+            part |= {name: "" for name in ("path", "language") if name in part}
+            if part.get("alignments"):
+                part["alignments"] = "given"
+    return settings
 
 
 def _elsewhere(storage: Storage, name: str) -> Artifact:
@@ -329,23 +334,26 @@ def _source_finding(recipe: Recipe) -> Finding:
 
 def _check_source(recipe: Recipe) -> None:
     """Says before Ray is started that there is nothing to read."""
-    for name in ("path", "alignments"):
-        place = getattr(recipe.corpus, name, None)
-        if place is not None:
-            try:
-                Storage.of(place)
-            except StorageError as error:
-                raise CorpusError(f"corpus.{name}: {error}; give one with --set corpus.{name}=…") from error
+    for part in parts_of(recipe.corpus):
+        for name in ("path", "alignments"):
+            place = getattr(part, name, None)
+            if place is not None:
+                try:
+                    Storage.of(place)
+                except StorageError as error:
+                    setting = f"corpus.parts.{part.name}.{name}" if isinstance(recipe.corpus, Mix) else f"corpus.{name}"
+                    raise CorpusError(f"{setting}: {error}; give one with --set {setting}=…") from error
 
 
 def _check_corpus(recipe: Recipe, seal: Seal) -> None:
     """Says now what fine-tuning and decoding would find missing after days of pretraining."""
-    source = getattr(recipe.corpus, "path", None)
-    if source != seal.facts["source"]:
-        print(
-            f"note: corpora/{recipe.corpus.name} was made from '{seal.facts['source']}', and the recipe names '{source}'. If that "
-            "is other speech, give it another corpus.name"
-        )
+    for part in parts_of(recipe.corpus):
+        source, made_from = getattr(part, "path", None), seal.facts["sources"][part.name]
+        if source != made_from:
+            print(
+                f"note: corpora/{recipe.corpus.name} was made from '{made_from}', and the recipe names '{source}'. If that "
+                "is other speech, give it another corpus.name"
+            )
     needed = (["train", "dev"] if recipe.finetune else []) + (["test"] if recipe.decode else [])
     missing = [split for split in needed if not seal.facts["transcribed"][split]]
     if missing:

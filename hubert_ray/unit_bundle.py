@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hubert_ray.config.recipe import Layer, Mfcc, Teacher
 from hubert_ray.data.frames import SAMPLE_RATE
-from hubert_ray.data.shards import Manifest
+from hubert_ray.data.index import Index
 from hubert_ray.errors import HubertRayError
 from hubert_ray.formats import files
 from hubert_ray.speech_model import SpeechModel, fetched, prepared_wave
@@ -168,7 +168,7 @@ def make_bundle(
         raise BundleError(f"{folder}: found {len(found)} files, such as {found[0]}, expected none; give another folder")
     kind = type(teacher)
     if window_seconds is None:
-        samples_N = Manifest.read(inputs["corpus"].storage, inputs["corpus"].path, ["samples"]).numbers("samples")
+        samples_N = Index.open(inputs["corpus"].storage, inputs["corpus"].path).numbers("samples")
         window_seconds = max(WINDOW_SECONDS, int(samples_N.max()) / SAMPLE_RATE)
     windows = _windows(window_seconds, context_seconds, LABEL_RATES_HZ[kind])
     if (rows := len(_centroids(codebook.read(layout.CENTROIDS)))) != sum(classes):

@@ -25,7 +25,7 @@ import msgspec
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.presets import PRESETS
-from hubert_ray.config.recipe import EmbeddedCorpus, Finetune, Iteration, Mfcc, Recipe
+from hubert_ray.config.recipe import EmbeddedCorpus, Finetune, Iteration, Mfcc, Recipe, parts_of
 from hubert_ray.config.sizes import SIZES
 from hubert_ray.errors import RecipeError
 
@@ -203,25 +203,31 @@ def _locate(data: Any, path: str) -> tuple[str, Any]:
 
 def _check(recipe: Recipe) -> Recipe:
     """What types alone cannot say."""
-    names = [recipe.name, recipe.corpus.name, *(iteration.name for iteration in recipe.iterations)]
-    for name in names:
+    iterations = [iteration.name for iteration in recipe.iterations]
+    parts = [part.name for part in parts_of(recipe.corpus)]
+    for name in [recipe.name, recipe.corpus.name, *parts, *iterations]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise RecipeError(
                 f"'{name}' becomes a folder: use letters, digits, '_', '-' and '.', beginning with one of the first two"
             )
     if not recipe.iterations:
         raise RecipeError("a recipe needs at least one iteration")
-    if len(set(names[2:])) < len(names[2:]):
-        raise RecipeError(f"iterations must have different names; found {names[2:]}")
+    for what, names in (("iterations", iterations), ("the parts of a mix", parts)):
+        if len(set(names)) < len(names):
+            raise RecipeError(f"{what} must have different names; found {names}")
     for iteration in recipe.iterations:
         _check_iteration(iteration)
     if recipe.decode and not recipe.finetune:
         raise RecipeError("decode needs finetune: switch decode off too (decode = false), or give finetune settings")
-    if not isinstance(recipe.corpus, EmbeddedCorpus):
-        both = sorted(set(recipe.corpus.dev_speakers) & set(recipe.corpus.test_speakers))
+    for part in parts_of(recipe.corpus):
+        if isinstance(part, EmbeddedCorpus):
+            continue
+        both = sorted(set(part.dev_speakers) & set(part.test_speakers))
         if both:
-            raise RecipeError(f"corpus: speakers {', '.join(both)} stand in both dev_speakers and test_speakers")
-        segments, longest = recipe.corpus.segments, recipe.corpus.checks.max_seconds
+            raise RecipeError(
+                f"corpus {part.name}: speakers {', '.join(both)} stand in both dev_speakers and test_speakers"
+            )
+        segments, longest = part.segments, part.checks.max_seconds
         if segments and not segments.min_seconds <= segments.max_seconds <= longest:
             raise RecipeError(
                 f"corpus.segments: pieces of {segments.min_seconds:g} to {segments.max_seconds:g} s; min_seconds <= max_seconds "

@@ -58,10 +58,18 @@ class Segments(Settings, frozen=True, kw_only=True):
     max_pause_seconds: Positive = 2.0  # a longer pause always parts two pieces and is in neither
 
 
-class EmbeddedCorpus(Settings, frozen=True, kw_only=True, tag="embedded", tag_field="kind"):
+class _Corpus(Settings, frozen=True, kw_only=True):
+    """What every corpus says of itself."""
+
+    name: str  # identifies the speech
+    language: str = ""  # such as "en"; told apart in training on a mix (pretrain.language_alpha), never in reading
+
+
+class EmbeddedCorpus(_Corpus, frozen=True, kw_only=True, tag="embedded", tag_field="kind"):
     """Synthetic speech made offline by espeak-ng (extra `demo`), with transcripts and phone times."""
 
     name: str = "embedded"
+    language: str = "en"
     train_speakers: Count = 40  # invented voices of this split; no voice and no sentence is in two splits
     dev_speakers: Count = 4
     test_speakers: Count = 4
@@ -76,14 +84,13 @@ class EmbeddedCorpus(Settings, frozen=True, kw_only=True, tag="embedded", tag_fi
 # `test_speakers` move whole speakers.
 
 
-class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
+class LibriSpeech(_Corpus, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
     """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
 
     Libri-light too, whose `<recording>.json` tells the speaker, and whose subsets (small, medium, large) are for training.
     `alignments` is where phone times are, or None: TextGrid or .phn files in the same tree, or CTM files (data/alignments.py).
     """
 
-    name: str
     path: str
     alignments: str | None = None
     dev_speakers: tuple[str, ...] = ()
@@ -93,14 +100,13 @@ class LibriSpeech(Settings, frozen=True, kw_only=True, tag="librispeech", tag_fi
     segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="kind"):
+class AudioFolder(_Corpus, frozen=True, kw_only=True, tag="folder", tag_field="kind"):
     """Any tree of .flac, .wav, .ogg, .opus and .mp3 files; `<file>.txt` beside a recording is its transcript.
 
     `[<subset>/]<speaker>/…/<recording>`. An utterance's id is its path below `path`, without the suffix.
     `alignments` as for LibriSpeech.
     """
 
-    name: str
     path: str
     alignments: str | None = None
     dev_speakers: tuple[str, ...] = ()
@@ -110,13 +116,12 @@ class AudioFolder(Settings, frozen=True, kw_only=True, tag="folder", tag_field="
     segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class AudioTable(Settings, frozen=True, kw_only=True, tag="table", tag_field="kind"):
+class AudioTable(_Corpus, frozen=True, kw_only=True, tag="table", tag_field="kind"):
     """A .csv, .tsv (both with a header) or .jsonl file with a row per recording, whose path is relative to the file's folder.
 
     Only the column of paths must be there. Without ids an utterance is named after its path, without the suffix.
     """
 
-    name: str
     path: str
     path_column: str = "path"
     id_column: str = "id"
@@ -130,13 +135,12 @@ class AudioTable(Settings, frozen=True, kw_only=True, tag="table", tag_field="ki
     segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class Parquet(Settings, frozen=True, kw_only=True, tag="parquet", tag_field="kind"):
+class Parquet(_Corpus, frozen=True, kw_only=True, tag="parquet", tag_field="kind"):
     """.parquet files that hold the audio, as Hugging Face's data sets do: `audio: struct<bytes: binary, path: string>`, or binary.
 
     Only the column of audio must be there. Without ids an utterance is named after its file and row.
     """
 
-    name: str
     path: str
     audio_column: str = "audio"
     id_column: str = "id"
@@ -149,13 +153,12 @@ class Parquet(Settings, frozen=True, kw_only=True, tag="parquet", tag_field="kin
     segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class WebDataset(Settings, frozen=True, kw_only=True, tag="webdataset", tag_field="kind"):
+class WebDataset(_Corpus, frozen=True, kw_only=True, tag="webdataset", tag_field="kind"):
     """Plain .tar files with `<key>.<audio suffix>`, `<key>.txt`, `<key>.json` (`text`, `speaker`), used where they lie.
 
     They are the corpus's shards and must stay: every stage reads the audio from them.
     """
 
-    name: str
     path: str
     dev_speakers: tuple[str, ...] = ()
     test_speakers: tuple[str, ...] = ()
@@ -163,7 +166,26 @@ class WebDataset(Settings, frozen=True, kw_only=True, tag="webdataset", tag_fiel
     segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-Corpus = EmbeddedCorpus | LibriSpeech | AudioFolder | AudioTable | Parquet | WebDataset
+Part = EmbeddedCorpus | LibriSpeech | AudioFolder | AudioTable | Parquet | WebDataset
+
+
+class Mix(Settings, frozen=True, kw_only=True, tag="mix", tag_field="kind"):
+    """Several corpora as one. Their utterances keep their ids and speakers, with the part's name in front: `part/id`.
+
+    How often training hears each part is a setting of training (`pretrain.language_alpha`, `dataset_alpha`), because another
+    balance must not cost another reading of the audio; teachers, codebooks and labels see every utterance once.
+    """
+
+    name: str
+    parts: Annotated[tuple[Part, ...], Meta(min_length=1)]
+
+
+Corpus = Part | Mix
+
+
+def parts_of(corpus: Corpus) -> tuple[Part, ...]:
+    """The corpora of a mix, or the one that is none."""
+    return corpus.parts if isinstance(corpus, Mix) else (corpus,)
 
 
 # --- one HuBERT iteration ---------------------------------------------------------------------------------------------
@@ -253,6 +275,9 @@ class Pretrain(Settings, frozen=True, kw_only=True):
     min_crop_seconds: Positive = 2.0  # min_sample_size: shorter utterances are not trained on
     max_crop_seconds: Positive = 15.625  # max_sample_size
     crop_lengths: Count = 12  # length buckets between the two
+    # of a mix of corpora (kind = "mix"): 1 = as long as they are, 0 = languages, or a language's datasets, all heard equally long
+    language_alpha: Share = 1.0  # mHuBERT-147: 0.7; share of an epoch ~ hours of the language ** language_alpha
+    dataset_alpha: Share = 1.0  # mHuBERT-147: 0.9; share of its language ~ hours of the dataset ** dataset_alpha
     mask: Mask = Mask()
     betas: tuple[Probability, Probability] = (0.9, 0.98)  # adam_betas
     eps: Positive = 1e-6  # adam_eps

@@ -12,6 +12,7 @@ import torch
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.batching import MicroBatch
 from hubert_ray.data.frames import SAMPLE_RATE, crop_labels, samples_of
+from hubert_ray.data.index import Index
 from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.loader import FETCHES
 from hubert_ray.data.shards import AudioReader, Manifest
@@ -34,23 +35,20 @@ class Padded:
 
 
 class UtteranceReader:
-    """Waveforms of manifest rows, normalised over the whole utterance where the model wants it. For many threads at once."""
+    """Waveforms of the rows of an index or a manifest, normalised over the whole utterance where the model wants it. For many
+    threads at once."""
 
-    def __init__(self, reader: AudioReader, manifest: Manifest, normalize: bool):
+    def __init__(self, reader: AudioReader, rows: Index | Manifest, normalize: bool):
         self._reader = reader
-        self._shards = manifest.table["shard"]
-        self._offsets = manifest.numbers("offset")
-        self._sizes = manifest.numbers("size")
-        self._firsts = manifest.numbers("first")
-        self._stored_samples = manifest.numbers("stored_samples")
-        self._samples = manifest.numbers("samples")
+        self._shard_of = rows.shard_of
+        self._ranges = [rows.numbers(column) for column in ("offset", "size", "first", "stored_samples")]
+        self._samples = rows.numbers("samples")
         self._normalize = normalize
         self._threads = ThreadPoolExecutor(FETCHES, thread_name_prefix="read")
 
     def wave(self, row: int) -> np.ndarray:
         """The waveform of a whole utterance, shape (S,)."""
-        columns = (self._offsets, self._sizes, self._firsts, self._stored_samples)
-        wave_S = self._reader.wave(self._shards[row].as_py(), *(int(column[row]) for column in columns))
+        wave_S = self._reader.wave(self._shard_of(row), *(int(column[row]) for column in self._ranges))
         return normalise(wave_S) if self._normalize else wave_S
 
     def waves(self, rows: Iterable[int]) -> list[np.ndarray]:
@@ -70,7 +68,7 @@ class UtteranceReader:
 
     def groups(self, seconds: float) -> Iterator[list[int]]:
         """All rows in order, in groups of about `seconds` of audio: what may be decoded at a time."""
-        group_N = np.cumsum(self._samples) // int(seconds * SAMPLE_RATE)
+        group_N = np.cumsum(self._samples, dtype=np.int64) // int(seconds * SAMPLE_RATE)
         for rows_N in np.split(np.arange(len(group_N)), np.flatnonzero(np.diff(group_N)) + 1):
             if len(rows_N):
                 yield rows_N.tolist()

@@ -1,122 +1,126 @@
-"""Where are the labels of utterance N? In one flat file on the worker's disk, found by manifest row.
+"""Where are the labels of utterance N? In one flat file on the worker's disk, found by row of the index.
 
-Label parts are keyed by utterance id. They are joined to the manifest once, checked against the audio's length, and
-laid end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz and a label stream, of which only touched pages are in
-memory. Where a codebook has several streams, the labels of a frame lie side by side.
+Label parts are keyed by utterance id. Shard by shard they are joined to the ids of the corpus, checked against the audio's length,
+and laid end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz and a label stream, of which only touched pages are
+in memory. Where a codebook has several streams, the labels of a frame lie side by side. An utterance's place follows from the
+lengths of those before it: it is kept for every 1024th row and added up from there, so that memory hardly grows with the corpus.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from hubert_ray.data.index import Index
 from hubert_ray.data.shards import Manifest
 from hubert_ray.errors import LabelError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 
 _LABELS_AT_ONCE = 2**22
+_ROWS_A_PLACE = 1024
 
 
 class LabelStore:
-    """Labels of the utterances of `manifest`, by row; `streams` of them for each frame.
+    """Labels of the utterances of `index`, by row; `streams` of them for each frame.
 
     Raises LabelError where an utterance has no labels, more than one row, or another number of labels than its length, the
-    frame rate and the streams ask for.
+    frame rate and the streams ask for, and where there are labels of an utterance that the corpus does not have.
     """
 
-    def __init__(self, storage: Storage, labels_path: str, manifest: Manifest, frame_rate_hz: int, streams: int = 1):
+    def __init__(
+        self, storage: Storage, corpus_path: str, labels_path: str, index: Index, frame_rate_hz: int, streams: int = 1
+    ):
         self.frame_rate_hz = frame_rate_hz
         self._streams = streams
-        stride = SAMPLE_RATE // frame_rate_hz
-        frames = np.maximum(0, (manifest.numbers("samples") - RECEPTIVE_FIELD) // stride + 1)
-        self._bounds = np.concatenate([[0], np.cumsum(frames * streams)])
+        self._samples = index.numbers("samples")
         self._file = tempfile.NamedTemporaryFile(prefix="hubert-ray-labels-")
-        self._values = np.memmap(self._file, dtype=np.uint16, mode="w+", shape=(max(1, int(self._bounds[-1])),))
-        found = np.zeros(len(manifest), dtype=bool)
-        ids = manifest.table["utterance_id"].combine_chunks()
-        for shard, rows_N in _rows_by_shard(manifest):
+        for shard, rows in index.by_shard():
             try:
-                part = schemas.decode(storage.read(f"{labels_path}/{layout.part(shard)}"))
+                part = schemas.decode(storage.read(f"{labels_path}/{layout.part(shard.name)}"))
             except FileNotFoundError as error:
-                raise LabelError(f"the labels of shard {shard} are missing: run assign_labels again") from error
-            self._check_rate(part, shard)
-            # Looked up among the shard's own ids: an index of all of them would be built anew for every shard.
-            place_P = pc.index_in(part["utterance_id"], value_set=ids.take(rows_N)).to_numpy(zero_copy_only=False)
-            self._copy(part, rows_N, place_P, found)
-        if not found.all():
-            missing = ids[int(np.flatnonzero(~found)[0])].as_py()
-            raise LabelError(
-                f"{np.count_nonzero(~found)} of {len(found)} utterances have no labels in {labels_path}, '{missing}' "
-                "for one. Labels and corpus do not belong together: run assign_labels again."
-            )
+                raise LabelError(f"the labels of shard {shard.name} are missing: run assign_labels again") from error
+            self._check_rate(part, shard.name)
+            ids = Manifest.read(storage, corpus_path, [shard.name], ["utterance_id"]).table["utterance_id"]
+            self._append(part, ids.combine_chunks(), self._counts(rows), shard.name)
+        self._file.flush()
+        self._places = self._sums(len(index))
+        mapped = np.memmap(self._file, np.uint16, "r") if self._places[-1] else np.empty(0, np.uint16)
+        self._values = np.asarray(mapped)  # as plain numbers: the views of a memmap cost microseconds each
+
+    def _counts(self, rows: slice) -> np.ndarray:
+        """How many labels each of some rows has, int64."""
+        stride = SAMPLE_RATE // self.frame_rate_hz
+        frames_N = np.maximum(0, (self._samples[rows].astype(np.int64) - RECEPTIVE_FIELD) // stride + 1)
+        return frames_N * self._streams
+
+    def _sums(self, rows: int) -> np.ndarray:
+        """How many labels lie before row 0, row 1024, …, and in all."""
+        sums = [np.zeros(1, np.int64)]
+        for start in range(0, rows, 1024 * _ROWS_A_PLACE):
+            counts_N = self._counts(slice(start, min(start + 1024 * _ROWS_A_PLACE, rows)))
+            sums.append(np.add.reduceat(counts_N, np.arange(0, len(counts_N), _ROWS_A_PLACE)))
+        return np.cumsum(np.concatenate(sums))
 
     def _check_rate(self, part: pa.Table, shard: str) -> None:
         rates = pc.unique(part["frame_rate_hz"]).to_pylist()
         if rates not in ([self.frame_rate_hz], []):
             raise LabelError(f"labels of shard {shard} are at {rates} Hz, expected {self.frame_rate_hz} Hz")
 
-    def _copy(self, part: pa.Table, rows_N: np.ndarray, place_P: np.ndarray, found: np.ndarray) -> None:
-        """`place_P`: for each row of the part its place in `rows_N`; NaN for one outside this selection, as of the dev split."""
-        values, offsets = _flat(part["labels"])
-        chosen_M = np.flatnonzero(~np.isnan(place_P))
-        rows_M = rows_N[place_P[chosen_M].astype(np.int64)]
-        counts_M, expected_M = np.diff(offsets)[chosen_M], np.diff(self._bounds)[rows_M]
-        again_M = np.ones(len(rows_M), dtype=bool)
-        again_M[np.unique(rows_M, return_index=True)[1]] = False
-        wrong = np.flatnonzero((counts_M != expected_M) | again_M)
+    def _append(self, part: pa.Table, ids: pa.Array, expected_N: np.ndarray, shard: str) -> None:
+        """Writes the labels of a shard in the order of `ids`, whatever their order in the part."""
+        names = part["utterance_id"].combine_chunks()
+        place_P = pc.index_in(names, value_set=ids)
+        if len(ids) != len(expected_N) or place_P.null_count:
+            strange = names.filter(pc.is_null(place_P)).slice(0, 1).to_pylist()
+            raise LabelError(
+                f"shard {shard}: {strange or 'the manifest part'} is not in the index. Labels and corpus do not belong together: "
+                "run assign_labels again."
+            )
+        rows_P = place_P.to_numpy()
+        again_P = np.ones(len(rows_P), dtype=bool)
+        again_P[np.unique(rows_P, return_index=True)[1]] = False
+        counts_P = pc.list_value_length(part["labels"]).to_numpy()
+        wrong = np.flatnonzero((counts_P != expected_N[rows_P]) | again_P)
         if len(wrong):
             k = wrong[0]
-            name = part["utterance_id"][int(chosen_M[k])].as_py()
             raise LabelError(
-                f"'{name}' has {counts_M[k]} labels{' a second time' if again_M[k] else ''}; its audio has "
-                f"{expected_M[k] // self._streams} frames at {self.frame_rate_hz} Hz"
+                f"'{names[int(k)].as_py()}' has {counts_P[k]} labels{' a second time' if again_P[k] else ''}; its audio has "
+                f"{expected_N[rows_P[k]] // self._streams} frames at {self.frame_rate_hz} Hz"
                 + (f" and {self._streams} label streams" if self._streams > 1 else "")
                 + ". Run assign_labels again."
             )
-        within = np.arange(counts_M.sum()) - np.repeat(np.cumsum(counts_M) - counts_M, counts_M)
-        source, target = offsets[chosen_M], self._bounds[rows_M]
-        self._values[np.repeat(target, counts_M) + within] = values[np.repeat(source, counts_M) + within]
-        found[rows_M] = True
+        if len(rows_P) < len(ids):
+            missing = ids[int(np.setdiff1d(np.arange(len(ids)), rows_P)[0])].as_py()
+            raise LabelError(
+                f"{len(ids) - len(rows_P)} of {len(ids)} utterances of shard {shard} have no labels, '{missing}' "
+                "for one. Labels and corpus do not belong together: run assign_labels again."
+            )
+        in_order = part["labels"].take(pa.array(np.argsort(rows_P)))
+        self._file.write(pc.list_flatten(in_order).combine_chunks().to_numpy())
 
-    def histograms(self, chosen_N: np.ndarray, classes: tuple[int, ...]) -> list[np.ndarray]:
-        """For each stream how often each label occurs in the chosen utterances (a bool per row); longer than its entry of
-        `classes` where labels are."""
+    def histograms(self, rows: slice, classes: tuple[int, ...]) -> list[np.ndarray]:
+        """For each stream how often each label occurs in the utterances of some rows; longer than its entry of `classes` where
+        labels are."""
         counts_SK = np.zeros((self._streams, 2**16), dtype=np.int64)
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen_N, [False]]).astype(np.int8)))
-        for first, beyond in edges.reshape(-1, 2):  # neighbouring rows lie together
-            for start in range(
-                self._bounds[first], self._bounds[beyond], _LABELS_AT_ONCE * self._streams
-            ):  # numpy widens each to 8 bytes
-                stop = min(start + _LABELS_AT_ONCE * self._streams, self._bounds[beyond])
-                for stream, counts_K in enumerate(counts_SK):
-                    counts_K += np.bincount(
-                        self._values[start + stream : stop : self._streams], minlength=len(counts_K)
-                    )
+        first, beyond = self._place(rows.start), self._place(rows.stop)
+        for start in range(first, beyond, _LABELS_AT_ONCE * self._streams):  # numpy widens each to 8 bytes
+            stop = min(start + _LABELS_AT_ONCE * self._streams, beyond)
+            for stream, counts_K in enumerate(counts_SK):
+                counts_K += np.bincount(self._values[start + stream : stop : self._streams], minlength=len(counts_K))
         ends = [int(counts_K.nonzero()[0].max(initial=-1)) + 1 for counts_K in counts_SK]
         return [counts_K[: max(pair)] for counts_K, *pair in zip(counts_SK, classes, ends, strict=True)]
 
     def window(self, row: int, window: slice) -> np.ndarray:
         """Labels of one utterance at the frames of `window` (see data/frames.py), (frames, streams) uint16."""
-        start, stop = int(self._bounds[row]), int(self._bounds[row + 1])
+        start, stop = self._place(row), self._place(row + 1)
         return self._values[start:stop].reshape(-1, self._streams)[window]
 
-
-def _rows_by_shard(manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
-    """Each shard with its rows, ascending; one pass over the manifest."""
-    shards = manifest.table["shard"].combine_chunks().dictionary_encode()
-    numbers = shards.indices.to_numpy()
-    order = np.argsort(numbers, kind="stable")
-    cuts = np.cumsum(np.bincount(numbers, minlength=len(shards.dictionary)))
-    yield from zip(shards.dictionary.to_pylist(), np.split(order, cuts[:-1]), strict=True)
-
-
-def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """(all values, offsets): list i is values[offsets[i] : offsets[i + 1]]. Without copies where there is one chunk."""
-    whole = lists.combine_chunks()
-    return whole.values.to_numpy(), whole.offsets.to_numpy().astype(np.int64)
+    def _place(self, row: int) -> int:
+        """How many labels lie before those of a row."""
+        known = row // _ROWS_A_PLACE
+        return int(self._places[known] + self._counts(slice(known * _ROWS_A_PLACE, row)).sum())

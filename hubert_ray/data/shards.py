@@ -1,9 +1,10 @@
 """How is a corpus stored, and how is one utterance read back?
 
 A corpus is a folder of uncompressed tar shards in WebDataset's form (`<key>.flac`, `<key>.txt`) holding the original
-compressed audio, and a manifest with one row per utterance. Because a tar member is a plain byte range, any utterance is
-one ranged read away; nothing is ever unpacked. Of a long recording that was cut (data/segments.py) each piece is a row, a range
-of samples of the same member: the decoder seeks in it through a window that fetches only the blocks it asks for.
+compressed audio, and for each shard a manifest part with one row per utterance. Because a tar member is a plain byte range, any
+utterance is one ranged read away; nothing is ever unpacked. The numbers of all parts together are in the index (data/index.py).
+Of a long recording that was cut (data/segments.py) each piece is a row, a range of samples of the same member: the decoder seeks
+in it through a window that fetches only the blocks it asks for.
 
 Tars that were WebDataset shards before stay where they are: the manifest's ranges point into them, and `locations.json` says
 where they lie, which may change without the corpus being another.
@@ -233,18 +234,30 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 class Manifest:
-    """The utterances of a corpus, columnar: Arrow for strings, numpy for numbers, no Python object per row."""
+    """Utterances with all that is known of them, columnar: rows of one manifest part, or chosen rows of several."""
 
     def __init__(self, table: pa.Table):
         self.table = table.combine_chunks()
 
     @classmethod
-    def read(cls, storage: Storage, corpus_path: str, columns: list[str] | None = None) -> Manifest:
-        return cls(schemas.decode(storage.read(f"{corpus_path}/{layout.MANIFEST}"), columns))
+    def read(
+        cls,
+        storage: Storage,
+        corpus_path: str,
+        shards: Iterable[str],
+        columns: list[str] | None = None,
+        where: pc.Expression | None = None,
+    ) -> Manifest:
+        """The rows of some shards, part by part; of each part only those `where` says are kept."""
+        parts = [schemas.MANIFEST.empty_table().select(columns or schemas.MANIFEST.names)]
+        for shard in shards:
+            part = schemas.decode(storage.read(f"{corpus_path}/{layout.part(shard)}"), columns)
+            parts.append(part if where is None else part.filter(where))
+        return cls(pa.concat_tables(parts))
 
     @classmethod
     def read_shard(cls, storage: Storage, corpus_path: str, shard: str) -> Manifest:
-        return cls(schemas.decode(storage.read(f"{corpus_path}/{layout.part(shard)}")))
+        return cls.read(storage, corpus_path, [shard])
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -258,25 +271,22 @@ class Manifest:
     def transcribed(self) -> Manifest:
         return self.where(pc.is_valid(self.table["text"]))
 
-    def recordings(self) -> Manifest:
-        """One row of each recording: of those that were cut the first. Rows of one recording stand together."""
-        offsets, sizes = self.numbers("offset"), self.numbers("size")
-        shards = self.table["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
-        begins = np.ones(len(self), dtype=bool)
-        begins[1:] = (np.diff(offsets) != 0) | (np.diff(sizes) != 0) | (np.diff(shards) != 0)
-        return self.where(pa.array(begins))
-
-    def sample(self, share: float, seed: int, shard: str) -> np.ndarray:
-        """Rows of a share of a shard's utterances, rounded up, drawn without replacement; ascending."""
-        rng = np.random.default_rng([seed, zlib.crc32(shard.encode())])
-        return np.sort(rng.choice(len(self), size=int(np.ceil(share * len(self))), replace=False))
-
     def numbers(self, column: str) -> np.ndarray:
         return self.table[column].to_numpy()
+
+    def shard_of(self, row: int) -> str:
+        """Name of the shard that holds a row."""
+        return self.table["shard"][row].as_py()
 
     def shards(self) -> list[str]:
         """Names of the shards, sorted."""
         return sorted(pc.unique(self.table["shard"]).to_pylist())
+
+
+def draw_share(utterances: int, share: float, seed: int, shard: str) -> np.ndarray:
+    """Rows of a share of a shard's utterances, rounded up, drawn without replacement; ascending."""
+    rng = np.random.default_rng([seed, zlib.crc32(shard.encode())])
+    return np.sort(rng.choice(utterances, size=int(np.ceil(share * utterances)), replace=False))
 
 
 class AudioReader:

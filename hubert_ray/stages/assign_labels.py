@@ -57,10 +57,9 @@ class Labeller:
 
 def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dict[str, Any]:
     """Writes one label part per shard and `quality.json`; `classes` has the clusters of each label stream."""
-    manifest = work.manifest()
     centroids_RD = np.load(io.BytesIO(work.inputs["codebook"].read(layout.CENTROIDS)), allow_pickle=False)
     codebook = Codebook(centroids_RD, classes)
-    shards = manifest.shards()
+    shards = [shard.name for shard in work.index().shards]
     missing = [s for s in shards if not work.storage.exists(work.output.file(layout.part(s)))]
     labeller = partial(
         Labeller, work.storage, work.inputs["corpus"].path, work.output.path, teacher_at(work, teacher), codebook,

@@ -10,7 +10,7 @@ import torch
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Mfcc, Recipe, Teacher
-from hubert_ray.data.shards import Manifest
+from hubert_ray.data.index import Index
 from hubert_ray.formats.native import ModelCard
 from hubert_ray.model.ctc import HubertCtc
 from hubert_ray.model.hubert import Encoder
@@ -34,8 +34,8 @@ class Work:
     def storage(self) -> Storage:
         return self.output.storage
 
-    def manifest(self) -> Manifest:
-        return Manifest.read(self.storage, self.inputs["corpus"].path)
+    def index(self) -> Index:
+        return Index.open(self.storage, self.inputs["corpus"].path)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ import torch
 from hubert_ray.asr import ngram, wer
 from hubert_ray.asr.decoder import BeamDecoder, greedy
 from hubert_ray.asr.ngram import NgramLM
-from hubert_ray.asr.transcripts import spellable
+from hubert_ray.asr.transcripts import read_transcribed, spellable
 from hubert_ray.asr.wer import ErrorRate
 from hubert_ray.config.recipe import Decode
 from hubert_ray.data.collate import UtteranceReader
+from hubert_ray.data.corpora.source import SPLITS
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.stages.context import ModelAt, Work, model_at
@@ -112,13 +113,14 @@ class _Tester(_Recogniser):
 
 def decode(work: Work, settings: Decode) -> dict[str, Any]:
     """Writes `lm.arpa`, a hypotheses part per test shard, and `scores.json`."""
-    manifest = work.manifest()
-    lm = ngram.estimate(spellable(manifest.split("train"))[1], settings.ngram_order)
+    corpus = work.inputs["corpus"].path
+    train, dev, test = (spellable(read_transcribed(work.storage, corpus, split)) for split in SPLITS)
+    lm = ngram.estimate(train[1], settings.ngram_order)
     work.storage.write(work.output.file(LM_FILE), "".join(lm.arpa_lines()).encode())
     systems = {name: model_at(artifact) for name, artifact in work.inputs.items() if name != "corpus"}
-    shared = (work.storage, work.inputs["corpus"].path, work.output.file(LM_FILE), systems, settings)
-    weights = _tune(work, manifest, shared, settings)
-    shards = spellable(manifest.split("test"))[0].shards()
+    shared = (work.storage, corpus, work.output.file(LM_FILE), systems, settings)
+    weights = _tune(work, dev[0].shards(), shared, settings)
+    shards = test[0].shards()
     missing = [s for s in shards if not work.storage.exists(work.output.file(layout.part(s)))]
     for row in shard_map(partial(_Tester, *shared, weights=weights, folder=work.output.path), missing, work.cluster):
         print(f"{work.name}  {row['shard']}  {row['utterances']} utterances", flush=True)
@@ -127,7 +129,7 @@ def decode(work: Work, settings: Decode) -> dict[str, Any]:
         "lm_weight": {name: pair[0] for name, pair in weights.items()},
         "word_score": {name: pair[1] for name, pair in weights.items()},
         "ngram_order": settings.ngram_order,
-        "lm_perplexity_dev": lm.perplexity(spellable(manifest.split("dev"))[1]),
+        "lm_perplexity_dev": lm.perplexity(dev[1]),
     }
     work.output.write_json(SCORES, scores)
     for name in systems:
@@ -137,12 +139,11 @@ def decode(work: Work, settings: Decode) -> dict[str, Any]:
     return {"wer": scores["wer"], "cer": scores["cer"]}
 
 
-def _tune(work: Work, manifest: Manifest, shared: tuple, settings: Decode) -> dict[str, Weights]:
+def _tune(work: Work, shards: list[str], shared: tuple, settings: Decode) -> dict[str, Weights]:
     """The weights with the fewest dev errors; of equals, the first of the grid."""
     grid = list(itertools.product(settings.lm_weights, settings.word_scores))
     systems = list(shared[3])
     errors = {name: [0] * len(grid) for name in systems}
-    shards = spellable(manifest.split("dev"))[0].shards()
     for row in shard_map(partial(_Tuner, *shared, grid=grid), shards, work.cluster):
         for name, rates in row["errors"].items():
             errors[name] = [total + count for total, count in zip(errors[name], rates, strict=True)]

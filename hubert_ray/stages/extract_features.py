@@ -25,6 +25,7 @@ import pyarrow as pa
 from hubert_ray.config.recipe import Mfcc
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from hubert_ray.data.index import Index
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import RecipeError
@@ -114,10 +115,11 @@ class _Writer:
 def extract_features(work: Work, source: Source, dtype: str) -> dict[str, Any]:
     """Writes one Arrow file per shard."""
     corpus = work.inputs["corpus"].path
-    manifest = Manifest.read(work.storage, corpus, ["shard", "samples"])
-    frames = int(((manifest.numbers("samples") - RECEPTIVE_FIELD) // (SAMPLE_RATE // source.frame_rate_hz) + 1).sum())
+    index, stride = Index.open(work.storage, corpus), SAMPLE_RATE // source.frame_rate_hz
+    lengths = (index.numbers("samples")[rows].astype(np.int64) for _, rows in index.by_shard())
+    frames = sum(int(((samples_N - RECEPTIVE_FIELD) // stride + 1).sum()) for samples_N in lengths)
     size = frames * source.dim * np.dtype(dtype).itemsize
-    shards = manifest.shards()
+    shards = [shard.name for shard in index.shards]
     missing = [shard for shard in shards if not work.storage.exists(work.output.file(layout.feature_part(shard)))]
     print(
         f"{work.name}: {frames:,} frames x {source.dim} x {dtype} = {size:,} bytes in {len(shards)} files, {len(missing)} of them "

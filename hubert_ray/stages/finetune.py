@@ -18,13 +18,13 @@ from torch import nn
 
 from hubert_ray.asr import letters, wer
 from hubert_ray.asr.decoder import greedy
-from hubert_ray.asr.transcripts import labelled_subset, spellable
+from hubert_ray.asr.transcripts import labelled_subset, read_transcribed, spellable
 from hubert_ray.asr.wer import ErrorRate
 from hubert_ray.config.recipe import Finetune, Sweep
 from hubert_ray.data.batching import PaddedPlan
 from hubert_ray.data.collate import Padded, UtteranceReader
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of
-from hubert_ray.data.shards import AudioReader, Manifest
+from hubert_ray.data.shards import AudioReader
 from hubert_ray.distributed.sweep import Trial, TrialResult, run_trials
 from hubert_ray.distributed.train_loop import StepLoss, TrainJob
 from hubert_ray.errors import TrainingError
@@ -86,9 +86,8 @@ class CtcTask:
     ):  # fmt: skip
         self.title = title
         self._settings, self._choice = settings, choice
-        manifest = Manifest.read(model.storage, corpus)
-        train = labelled_subset(manifest, settings)
-        dev, self._references = spellable(manifest.split("dev"))
+        train = labelled_subset(read_transcribed(model.storage, corpus, "train"), settings)
+        dev, self._references = spellable(read_transcribed(model.storage, corpus, "dev"))
         texts = spellable(train)[1]
         self._targets = [torch.tensor(letters.encode(text)) for text in texts]
         self._plan = PaddedPlan(

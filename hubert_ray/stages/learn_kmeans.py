@@ -15,7 +15,7 @@ import numpy as np
 
 from hubert_ray.config.recipe import Kmeans, Teacher
 from hubert_ray.data.collate import UtteranceReader
-from hubert_ray.data.shards import AudioReader, Manifest
+from hubert_ray.data.shards import AudioReader, Manifest, draw_share
 from hubert_ray.distributed.kmeans_reduce import FeatureSample
 from hubert_ray.errors import RecipeError, TrainingError
 from hubert_ray.stages.context import TeacherAt, Work, teacher_at
@@ -37,8 +37,8 @@ class _SampledFrames:
         self._extractor = teacher.open()
 
     def __call__(self, shard: str) -> np.ndarray:
-        manifest = Manifest.read_shard(self._storage, self._corpus, shard).split("train")
-        rows = manifest.sample(self._settings.sample_share, self._settings.seed, shard)
+        manifest = Manifest.read_shard(self._storage, self._corpus, shard)
+        rows = draw_share(len(manifest), self._settings.sample_share, self._settings.seed, shard)
         sampled = UtteranceReader(self._reader, Manifest(manifest.table.take(rows)), normalize=False)
         frames = [frames_FD for features in in_groups(self._extractor, sampled) for frames_FD in features]
         dtype = np.float16 if self._settings.half_precision else np.float32
@@ -58,7 +58,7 @@ def learn_kmeans(work: Work, teacher: Teacher, kmeans: Kmeans) -> dict[str, Any]
     """Writes `centroids.npy` (K, D) float32, those of several streams one under another, and `history.json` (mean squared distance
     per pass)."""
     corpus = work.inputs["corpus"].path
-    shards = work.manifest().split("train").shards()
+    shards = [shard.name for shard in work.index().split("train").shards]
     source = partial(_SampledFrames, work.storage, corpus, teacher_at(work, teacher), kmeans)
     with FeatureSample(source, shards, work.cluster) as sample:
         if sample.frames < max(kmeans.classes):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import pyarrow.compute as pc
 
 from hubert_ray.stages.context import Work
 from hubert_ray.stages.unit_study import Cell, layer_features, measure
@@ -22,7 +21,7 @@ def measure_layers(work: Work, layers: int, clusters: int, seconds: float) -> di
 
     The fact `clusters` says how many there were: fewer than asked for where `seconds` of audio do not suffice.
     """
-    if not pc.any(pc.is_valid(work.manifest().table["phones"])).as_py():
+    if not any(shard.aligned for shard in work.index().shards):
         work.output.write_json(layout.QUALITY, [])
         return {"layers": 0}
     cells = {

@@ -19,8 +19,9 @@ from hubert_ray.config.recipe import Pretrain
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.batching import BatchPlan
 from hubert_ray.data.collate import UtteranceReader
+from hubert_ray.data.index import Index
 from hubert_ray.data.labels import LabelStore
-from hubert_ray.data.shards import AudioReader, Manifest
+from hubert_ray.data.shards import AudioReader
 from hubert_ray.distributed import telemetry
 from hubert_ray.distributed.train_loop import StepLoss, TrainJob, fit
 from hubert_ray.formats.native import ModelCard
@@ -72,21 +73,20 @@ class PretrainTask:
 
     def __init__(
         self, storage: Storage, corpus: str, labels: str, frame_rate_hz: int, classes: tuple[int, ...], size: ModelSize,
-        settings: Pretrain, title: str, recompute: bool = False,
+        settings: Pretrain, languages: dict[str, str], title: str, recompute: bool = False,
     ):  # fmt: skip
         self.title = title
         self._settings = settings
-        columns = ["utterance_id", "split", "shard", "offset", "size", "first", "stored_samples", "samples"]
-        manifest = Manifest.read(storage, corpus, columns).split("train")
-        self._plan = BatchPlan(manifest.numbers("samples"), settings)
-        self._labels = LabelStore(storage, labels, manifest, frame_rate_hz, len(classes))
-        self._utterances = UtteranceReader(AudioReader(storage, corpus), manifest, size.normalize_waveform)
+        train = Index.open(storage, corpus).split("train")
+        self._plan = BatchPlan(train.numbers("samples"), settings, train.by_part(), languages)
+        self._labels = LabelStore(storage, corpus, labels, train, frame_rate_hz, len(classes))
+        self._utterances = UtteranceReader(AudioReader(storage, corpus), train, size.normalize_waveform)
         self.module = MaskedPrediction(Hubert(size, classes), settings, recompute)
         self.optimizer = adamw(self.module.parameters(), settings.betas, settings.eps, settings.weight_decay)
         self.micro_batches = self._plan.micro_batches_per_step
 
     def load(self, step: int, index: int) -> Masked:
-        planned = self._plan.step(step)[index]
+        planned = self._plan.micro_batch(step, index)
         crops = self._utterances.crops(planned, self._labels)
         mask_BT = batch_mask(len(planned.rows), planned.frames, self._settings.mask, self._settings.seed, step, index)
         return Masked(crops.wave_BS, crops.labels_BTK, mask_BT)
@@ -95,8 +95,8 @@ class PretrainTask:
         """Masked frames of the whole step (with the unmasked ones, where they carry weight): known without asking anyone."""
         whole = self._settings.unmasked_weight > 0
         return sum(
-            len(planned.rows) * (planned.frames if whole else masked_count(planned.frames, self._settings.mask))
-            for planned in self._plan.step(step)
+            crops * (frames if whole else masked_count(frames, self._settings.mask))
+            for crops, frames in self._plan.shapes(step)
         )
 
     def learning_rate(self, step: int) -> float:
@@ -123,12 +123,17 @@ class PretrainTask:
 
 
 def pretrain(
-    work: Work, model: ModelSize, classes: tuple[int, ...], frame_rate_hz: int, settings: Pretrain
+    work: Work,
+    model: ModelSize,
+    classes: tuple[int, ...],
+    frame_rate_hz: int,
+    settings: Pretrain,
+    languages: dict[str, str],
 ) -> dict[str, Any]:
     """Writes `model.safetensors`, `model.json`, `metrics.jsonl` and TensorBoard files."""
     task = partial(
         PretrainTask, work.storage, work.inputs["corpus"].path, work.inputs["labels"].path, frame_rate_hz, classes,
-        model, settings, work.name, work.cluster.recompute,
+        model, settings, languages, work.name, work.cluster.recompute,
     )  # fmt: skip
     job = TrainJob(
         factory=task,

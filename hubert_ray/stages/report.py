@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import pyarrow.compute as pc
 import torch
 
 from hubert_ray import machine
 from hubert_ray.config.recipe import Iteration, Mfcc
+from hubert_ray.data.corpora.source import SPLITS
 from hubert_ray.data.frames import SAMPLE_RATE
-from hubert_ray.data.shards import Manifest
+from hubert_ray.data.index import Index
 from hubert_ray.distributed import telemetry
 from hubert_ray.stages.context import Work
 from hubert_ray.stages.decode import SCORES
@@ -54,16 +54,16 @@ def report(work: Work) -> dict[str, Any]:
 
 
 def _corpus(work: Work, corpus: Artifact, seal: Seal) -> dict[str, Any]:
-    manifest = Manifest.read(work.storage, corpus.path)
+    index = Index.open(work.storage, corpus.path)
     splits = {}
-    for name in ("train", "dev", "test"):
-        split = manifest.split(name)
+    for name in SPLITS:
+        split = index.split(name)
         splits[name] = {
             "utterances": len(split),
-            "hours": float(split.numbers("samples").sum()) / SAMPLE_RATE / 3600,
-            "speakers": len(pc.unique(split.table["speaker"])),
-            "transcribed": len(split.transcribed()),
-            "aligned": int(pc.sum(pc.is_valid(split.table["phones"])).as_py() or 0),
+            "hours": int(split.numbers("samples").sum(dtype=np.int64)) / SAMPLE_RATE / 3600,
+            "speakers": index.contents.speakers.get(name, 0),
+            "transcribed": sum(shard.transcribed for shard in split.shards),
+            "aligned": sum(shard.aligned for shard in split.shards),
         }
     reasons = schemas.decode(corpus.read(layout.QUARANTINE))["reason"].value_counts().to_pylist()
     return {
@@ -71,7 +71,7 @@ def _corpus(work: Work, corpus: Artifact, seal: Seal) -> dict[str, Any]:
         "splits": splits,
         "quarantined": [{"reason": row["values"], "count": row["counts"]} for row in reasons],
         "shards": seal.facts["shards"],
-        "bytes": int(manifest.recordings().numbers("size").sum()),
+        "bytes": index.audio_bytes(),
     }
 
 

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from hubert_ray.config.recipe import Kmeans, Layer, Mfcc
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of, mfcc_frames_of
+from hubert_ray.data.index import Index
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import RecipeError
@@ -170,7 +171,7 @@ def _audio_of(named: tuple[Cell, str]) -> tuple[float, int]:
 
 def audio(storage: Storage, corpus: str, seconds: float) -> tuple[Manifest, Manifest]:
     """Utterances to fit on and utterances to score on, `seconds` of each, or all there are."""
-    whole = Manifest.read(storage, corpus)
+    whole = Manifest.read(storage, corpus, [shard.name for shard in Index.open(storage, corpus).shards])
     aligned = whole.where(pc.is_valid(whole.table["phones"]))
     choices = (aligned.split("dev"), aligned, whole.split("dev"), whole.split("train"))
     scored = next(rows for rows in choices if len(rows))
@@ -271,7 +272,7 @@ def _gib(part: Sequence[Cell]) -> float:
 
 def check_hours(work: Work, hours: float) -> None:
     """Raises RecipeError where the corpus has not that much train audio: a table must not say what nobody measured."""
-    there = float(work.manifest().split("train").numbers("samples").sum()) / SAMPLE_RATE / 3600
+    there = float(work.index().split("train").numbers("samples").sum(dtype=np.int64)) / SAMPLE_RATE / 3600
     if hours > there:
         raise RecipeError(
             f"{work.name}: {hours:g} hours of audio to fit on, but {work.inputs['corpus'].path} has {there:.2f} in train; "

@@ -5,7 +5,8 @@ from __future__ import annotations
 SEAL = "_SUCCESS"  # written last; without it a folder is never read
 CLAIM = "_STARTED"  # written first; tells whose half-done work a folder holds
 
-MANIFEST = "manifest.parquet"
+INDEX_FOLDER = "index"
+INDEX = f"{INDEX_FOLDER}/shards.json"
 QUARANTINE = "quarantine.parquet"
 REPEATS = "repeats.parquet"  # what left a shard because another has it
 LOCATIONS = "locations.json"  # of tars that are shards where they lie

@@ -25,6 +25,7 @@ from hubert_ray.stages.finetune import Choice, CtcTask
 from hubert_ray.stages.pretrain import PretrainTask
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
+from tests.corpora import write_corpus
 
 STEPS, CHECKPOINT_STEPS = 6, 2
 CLASSES = 10
@@ -86,25 +87,27 @@ def make_inputs(folder: Path) -> Storage:
         soundfile.write(buffer, wave, 16_000, format="WAV", subtype="FLOAT")
         split = "dev" if number >= 20 else "train"
         raws.append(RawUtterance(f"u{number:02d}", "s", split, "wav", buffer.getvalue(), text="NO MORE NOISE"))
-    manifest = write_shard(storage, "corpus", "all-00000", raws).manifest
-    storage.write(f"corpus/{layout.MANIFEST}", schemas.encode(manifest))
-    labels = [
-        {
-            "utterance_id": row["utterance_id"],
-            "labels": rng.integers(0, CLASSES, size=frames_of(row["samples"])),
-            "frame_rate_hz": 50,
-        }
-        for row in manifest.to_pylist()
-    ]
-    part = pa.Table.from_pylist(labels, schema=schemas.LABELS)
-    storage.write(f"labels/{layout.part('all-00000')}", schemas.encode(part))
+    shards = {f"{split}-00000": [raw for raw in raws if raw.split == split] for split in ("train", "dev")}
+    tables = {shard: write_shard(storage, "corpus", shard, found).manifest for shard, found in shards.items()}
+    write_corpus(storage, "corpus", tables)
+    for shard, table in tables.items():
+        labels = [
+            {
+                "utterance_id": row["utterance_id"],
+                "labels": rng.integers(0, CLASSES, size=frames_of(row["samples"])),
+                "frame_rate_hz": 50,
+            }
+            for row in table.to_pylist()
+        ]
+        part = pa.Table.from_pylist(labels, schema=schemas.LABELS)
+        storage.write(f"labels/{layout.part(shard)}", schemas.encode(part))
     storage.write(f"model/{layout.MODEL_CONFIG}", msgspec.json.encode(ModelCard("hubert", SIZE)))
     return storage
 
 
 def pretraining(storage: Storage, folder: str, recompute: bool = False, **fault) -> TrainJob:
     factory = partial(
-        DyingPretrain, storage, "corpus", "labels", 50, (CLASSES,), SIZE, PRETRAIN, "noise", recompute, **fault
+        DyingPretrain, storage, "corpus", "labels", 50, (CLASSES,), SIZE, PRETRAIN, {}, "noise", recompute, **fault
     )
     return TrainJob(factory, storage, folder, STEPS, 1, PRETRAIN.clip_norm, CHECKPOINT_STEPS, 1)
 

@@ -20,13 +20,14 @@ from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_recipe
 from hubert_ray.config.recipe import AudioFolder, AudioTable, Checks, Corpus, LibriSpeech, Parquet, WebDataset
 from hubert_ray.data.corpora import open_source, plan_shards
-from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance
+from hubert_ray.data.shards import AudioReader, RawUtterance
 from hubert_ray.distributed.cluster import connected
 from hubert_ray.errors import CorpusError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.artifacts import Artifact
 from hubert_ray.storage.filesystem import Storage
 from tests.conftest import SMOKE
+from tests.corpora import whole_manifest
 from tests.distributed.conftest import Faults, s3_server
 
 pytestmark = pytest.mark.slow
@@ -166,7 +167,7 @@ def test_tars_are_indexed_in_place_and_may_move(ray_local, there, tmp_path):
     speech(Storage(str(tmp_path / "in")))
     local = prepare(storage, corpora(str(tmp_path / "in"))["tars"])
     assert storage.list(local.file("audio")) == []
-    manifest = Manifest.read(storage, local.path).table.to_pylist()
+    manifest = whole_manifest(storage, local.path).table.to_pylist()
     shards = ["train-00000", "dev-00001", "test-00002"]  # each tar is read for each split, since speakers are moved
     assert [row["shard"] for row in manifest] == [shard for shard in shards for _ in range(4)]
     reader = AudioReader(storage, local.path)
@@ -203,7 +204,7 @@ def test_repeats_are_rows_of_the_quarantine_table(ray_local, here, tmp_path):
         for seed in range(3):
             doubled.write(f"{split}/anna/{seed}.flac", recording(seed + (split == "test")))
     artifact = prepare(storage, AudioFolder(name="doubled", path=f"{here}/doubled"))
-    assert Manifest.read(storage, artifact.path).table["utterance_id"].to_pylist() == [
+    assert whole_manifest(storage, artifact.path).table["utterance_id"].to_pylist() == [
         "train/anna/0",
         *(f"test/anna/{n}" for n in range(3)),
     ]

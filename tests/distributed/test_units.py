@@ -16,6 +16,7 @@ from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_recipe
 from hubert_ray.config.sizes import TINY
 from hubert_ray.data.frames import mfcc_frames_of
+from hubert_ray.data.index import Index
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.cluster import connected
 from hubert_ray.errors import RecipeError, StaleArtifactError, UnsealedArtifactError
@@ -27,6 +28,7 @@ from hubert_ray.unit_bundle import load_units
 from hubert_ray.units import kmeans
 from hubert_ray.units.features import LayerExtractor, MfccExtractor
 from tests.conftest import SMOKE
+from tests.corpora import whole_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -53,17 +55,17 @@ def reference(corpus):
 def test_labels_fit_the_audio_and_are_good(corpus, reference):
     storage, path = corpus
     _, labels, seal = reference
-    manifest = Manifest.read(storage, path)
+    index = Index.open(storage, path)
     found = 0
-    for shard in manifest.shards():
-        part = schemas.decode(labels.read(layout.part(shard)))
-        rows = Manifest.read_shard(storage, path, shard)
+    for shard in index.shards:
+        part = schemas.decode(labels.read(layout.part(shard.name)))
+        rows = Manifest.read_shard(storage, path, shard.name)
         assert part["utterance_id"].to_pylist() == rows.table["utterance_id"].to_pylist()
         counts = pc.list_value_length(part["labels"]).to_pylist()
         assert counts == [mfcc_frames_of(int(samples)) for samples in rows.numbers("samples")]
         assert pc.unique(part["frame_rate_hz"]).to_pylist() == [100]
         found += part.num_rows
-    assert found == len(manifest)
+    assert found == len(index)
     assert seal.facts["quality"]["pnmi"] > 0.3  # twenty clusters of MFCC on clean synthetic speech
     assert 0.5 < seal.facts["unigram_entropy_bits"] <= np.log2(20)
 
@@ -79,7 +81,8 @@ def test_more_workers_give_the_same_bytes(corpus, reference):
 
 def test_codebook_is_fitted_on_every_train_frame_and_no_other(corpus, reference):
     storage, path = corpus
-    train = Manifest.read(storage, path).split("train")
+    shards = [shard.name for shard in Index.open(storage, path).split("train").shards]
+    train = Manifest.read(storage, path, shards)
     expected = sum(mfcc_frames_of(int(samples)) for samples in train.numbers("samples"))
     assert msgspec.json.decode(storage.read("runs/one/iter1/learn_kmeans/history.json"))["frames"] == expected
     assert reference[2].facts["train_frames"] == expected
@@ -131,7 +134,7 @@ def teacher(corpus):
 def waves(storage, path):
     """Every utterance of the corpus: (id, shard, waveform)."""
     reader = AudioReader(storage, path)
-    for row in Manifest.read(storage, path).table.to_pylist():
+    for row in whole_manifest(storage, path).table.to_pylist():
         yield row["utterance_id"], row["shard"], reader.wave(row["shard"], row["offset"], row["size"])
 
 
@@ -148,7 +151,7 @@ def test_units_of_a_bundle_are_the_labels(corpus, teacher, tmp_path, overrides):
     bundle = load_units(folder)
     written = {
         row["utterance_id"]: row["labels"]
-        for shard in Manifest.read(storage, path).shards()
+        for shard in whole_manifest(storage, path).shards()
         for row in schemas.decode(labels.read(layout.part(shard))).to_pylist()
     }
     threads = torch.get_num_threads()
@@ -175,7 +178,7 @@ def test_extracted_features_are_the_teachers(corpus, teacher, tmp_path, kind, dt
     assert not skipped
     said = capsys.readouterr().out.splitlines()[0]
     read, size = {}, 0
-    for shard in Manifest.read(storage, path).shards():
+    for shard in whole_manifest(storage, path).shards():
         table = pa.ipc.open_file(storage.read(step.artifact.file(layout.feature_part(shard)))).read_all()
         assert pc.unique(table["frame_rate_hz"]).to_pylist() == [extractor.frame_rate_hz]
         for name, features in zip(table["utterance_id"].to_pylist(), table["features"], strict=True):

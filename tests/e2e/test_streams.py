@@ -14,7 +14,7 @@ from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_recipe
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.labels import LabelStore
-from hubert_ray.data.shards import AudioReader, Manifest
+from hubert_ray.data.shards import AudioReader
 from hubert_ray.distributed import telemetry
 from hubert_ray.distributed.cluster import connected
 from hubert_ray.stages.context import ModelAt
@@ -22,6 +22,7 @@ from hubert_ray.storage import layout
 from hubert_ray.units import kmeans
 from hubert_ray.units.features import LayerExtractor, MfccExtractor
 from tests.conftest import SMOKE
+from tests.corpora import whole_manifest
 
 pytestmark = pytest.mark.slow
 PRODUCT, ENSEMBLE = (12, 10, 8), (8, 20)
@@ -45,13 +46,13 @@ def run(corpus):
 
 def frames_of_one(storage, recipe, teacher) -> tuple[np.ndarray, int]:
     """(features, row) of a train utterance."""
-    train = Manifest.read(storage, f"corpora/{recipe.corpus.name}").split("train")
+    train = whole_manifest(storage, f"corpora/{recipe.corpus.name}").split("train")
     reader = UtteranceReader(AudioReader(storage, f"corpora/{recipe.corpus.name}"), train, normalize=False)
     return teacher([reader.wave(5)])[0], 5
 
 
 def labels_of_one(storage, recipe, folder, rate, streams, row) -> np.ndarray:
-    manifest = Manifest.read(storage, f"corpora/{recipe.corpus.name}").split("train")
+    manifest = whole_manifest(storage, f"corpora/{recipe.corpus.name}").split("train")
     return LabelStore(storage, f"{folder}/assign_labels", manifest, rate, streams).window(row, slice(None))
 
 

@@ -12,7 +12,7 @@ from hubert_ray.config.loading import load_cluster, load_recipe
 from hubert_ray.config.presets import PRESETS
 from hubert_ray.config.recipe import LibriSpeech, Recipe
 from hubert_ray.config.sizes import SIZES
-from hubert_ray.errors import RecipeError
+from hubert_ray.errors import CorpusError, RecipeError
 from hubert_ray.storage.filesystem import Storage
 
 
@@ -71,7 +71,7 @@ def test_overrides_reach_nested_settings_by_name():
         ("finetune.sweep.trials=0", "expected int >= 1"),
         ("finetune=false", "decode off too"),
         ("corpus.train_speakers=-3", "expected int >= 1"),
-        ("corpus.kind=librspeech", "there are embedded, librispeech, .*webdataset; did you mean 'librispeech'"),
+        ("corpus.kind=librspeech", "there are embedded, librispeech, .*mix; did you mean 'librispeech'"),
         ("iterations.iter2.teacher.kind=mffc", "did you mean 'mfcc'"),
         ("iterations.iter1.kmeans.clusters=[100]", "clusters = .*length >= 2"),
         ("iterations.iter1.kmeans.clusters=[100, 1]", "clusters.* = 1: expected int >= 2"),
@@ -230,6 +230,76 @@ def test_storage_place_is_no_part_of_identity(tmp_path, kind):
 
     assert fingerprints("/one") == fingerprints("/two")
     assert fingerprints("/one") != fingerprints("/one", ", checks={max_seconds=30.0}")
+
+
+MIX = """
+preset = "demo"
+name = "many"
+[corpus]
+kind = "mix"
+name = "many"
+parts = [
+    {kind = "librispeech", name = "ls", path = "/data/ls", language = "en"},
+    {kind = "folder", name = "radio", path = "/data/radio", language = "fr"},
+    {kind = "embedded", name = "made-up", train_speakers = 2},
+]
+"""
+
+
+@pytest.fixture
+def mix(tmp_path) -> str:
+    (tmp_path / "mix.toml").write_text(MIX)
+    return str(tmp_path / "mix.toml")
+
+
+def test_a_mix_is_read_and_its_parts_are_overridden_by_name(mix):
+    recipe = load_recipe(mix, ["corpus.parts.radio.path=/elsewhere", "corpus.parts.ls.language=gb"])
+    assert [(part.name, part.language) for part in recipe.corpus.parts] == [
+        ("ls", "gb"),
+        ("radio", "fr"),
+        ("made-up", "en"),
+    ]
+    assert recipe.corpus.parts[1].path == "/elsewhere"
+    assert msgspec.json.decode(msgspec.json.encode(recipe), type=Recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("corpus.parts.tv.path=/x", "corpus.parts.tv.* there are ls, radio, made-up"),
+        ("corpus.parts.radio.name=ls", "the parts of a mix must have different names"),
+        ("corpus.parts.radio.name=a/b", "'a/b' becomes a folder"),
+        ('corpus.parts.ls={dev_speakers=["1"], test_speakers=["1"]}', "corpus ls: speakers 1 stand in both"),
+        ("corpus.parts=[]", "corpus.parts = .*length >= 1"),
+        ("iterations.iter1.pretrain.language_alpha=1.5", "language_alpha = 1.5: expected float <= 1.0"),
+    ],
+)
+def test_bad_mixes_say_what_is_wrong(mix, override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(mix, [override])
+
+
+def test_another_balance_of_a_mix_reads_no_audio_again(mix, tmp_path):
+    """Neither another alpha nor another language changes what was read, clustered or labelled; training it does change."""
+
+    def fingerprints(*overrides):
+        planned = pipeline.plan(load_recipe(mix, list(overrides)), Storage(str(tmp_path / "storage")))
+        return {p.stage.name: p.artifact.identity.fingerprint for p in planned}
+
+    before = fingerprints()
+    for override in ("iterations.iter1.pretrain.dataset_alpha=0.5", "corpus.parts.radio.language=it"):
+        after = fingerprints(override)
+        same = {name for name in before if before[name] == after[name]}
+        assert {"prepare_data", "iter1/learn_kmeans", "iter1/assign_labels"} <= same
+        assert "iter1/pretrain" not in same
+    assert fingerprints("corpus.parts.ls.path=/elsewhere") == before
+    assert fingerprints("corpus.parts.made-up.seed=1")["prepare_data"] != before["prepare_data"]
+
+
+def test_a_missing_folder_of_a_mix_is_named_with_its_setting(mix, tmp_path):
+    recipe = load_recipe(mix, [f"corpus.parts.ls.path={tmp_path}"])
+    with pytest.raises(CorpusError, match="corpus.parts.radio.path: '/data/radio': there is no such folder"):
+        pipeline._check_source(recipe)
 
 
 def test_paper_numbers_of_the_presets():

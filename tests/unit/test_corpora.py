@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from hubert_ray.config.recipe import AudioFolder, Checks, LibriSpeech
+from hubert_ray.config.recipe import AudioFolder, Checks, LibriSpeech, Mix
 from hubert_ray.data import audio
-from hubert_ray.data.corpora import open_source, plan_shards
+from hubert_ray.data.corpora import open_source, plan_corpus, plan_shards, read_shard
 from hubert_ray.data.corpora.source import Group
 from hubert_ray.data.corpora.trees import AudioFolderSource, LibriSpeechSource
 from hubert_ray.data.shards import RawUtterance, Rejected, write_shard
@@ -216,6 +216,39 @@ def test_a_group_larger_than_a_shard_gets_one_of_its_own():
     groups = [Group(name, "train", size) for name, size in (("a", 10), ("b", 5000), ("c", 10), ("d", 90), ("e", 1))]
     names = [[group.name for group in members] for members in plan_shards(groups, 100).values()]
     assert names == [["a"], ["b"], ["c", "d"], ["e"]]
+
+
+def test_the_parts_of_a_mix_keep_their_ids_with_their_names_in_front(tmp_path):
+    """Two trees with the same speakers and utterances, and a sick file."""
+    for root in ("one", "two"):
+        chapter(tmp_path / root, "train-clean/1/1", 2)
+        chapter(tmp_path / root, "dev-clean/2/1", 1, f"2-1-0000 {root.upper()}\n9-9-0009 LOST\n")
+    parts = tuple(LibriSpeech(name=name, path=str(tmp_path / name), shard_mib=1) for name in ("two", "one"))
+    corpus = Mix(name="both", parts=parts)
+    plan = plan_corpus(corpus)
+    assert [(name, shard.part, shard.split) for name, shard in plan.items()] == [
+        ("two-train-00000", "two", "train"),
+        ("one-train-00000", "one", "train"),
+        ("two-dev-00000", "two", "dev"),
+        ("one-dev-00000", "one", "dev"),
+    ]
+    found = [(item, name) for name, shard in plan.items() for item in read_shard(corpus, shard)]
+    utterances = [(u.utterance_id, u.speaker, u.text) for u, _ in found if isinstance(u, RawUtterance)]
+    assert utterances == [
+        ("two/1-1-0000", "two/1", None), ("two/1-1-0001", "two/1", None), ("one/1-1-0000", "one/1", None),
+        ("one/1-1-0001", "one/1", None), ("two/2-1-0000", "two/2", "TWO"), ("one/2-1-0000", "one/2", "ONE"),
+    ]  # fmt: skip
+    assert [(r.source, r.reason) for r, _ in found if isinstance(r, Rejected)] == [
+        ("two/9-9-0009", "no_audio"), ("one/9-9-0009", "no_audio"),
+    ]  # fmt: skip
+
+
+def test_a_corpus_that_is_no_mix_keeps_its_names(tmp_path):
+    (tmp_path / "a.flac").write_bytes(flac(1))
+    corpus = AudioFolder(name="c", path=str(tmp_path))
+    ((name, shard),) = plan_corpus(corpus).items()
+    assert (name, shard.part, shard.split) == ("train-00000", "", "train")
+    assert [(u.utterance_id, u.speaker) for u in read_shard(corpus, shard)] == [("a", "")]
 
 
 # --- real speech ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from hubert_ray.model.hubert import Encoder
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.artifacts import Artifact, identity_of
 from hubert_ray.storage.filesystem import Storage
+from tests.corpora import write_corpus
 
 CLUSTERS, UTTERANCES = 10, 30
 
@@ -35,7 +36,7 @@ def flac(seed: int, rate: int = 16_000) -> bytes:
 
 
 class Run:
-    """A corpus of one shard, its labels and its codebook, each sealed; `seal` makes them from what the attributes hold."""
+    """A corpus of two shards, its labels and its codebook, each sealed; `seal` makes them from what the attributes hold."""
 
     def __init__(self, folder):
         self.storage = Storage(str(folder))
@@ -61,9 +62,18 @@ class Run:
 
     def seal_corpus(self) -> None:
         lax = Checks(reject_duplicates=False)
-        tables = write_shard(self.storage, self.corpus.path, "train-00000", self.utterances, checks=lax)
-        self.storage.write(self.corpus.file(layout.MANIFEST), schemas.encode(tables.manifest))
-        self.corpus.seal({"utterances": tables.manifest.num_rows, "quarantined": self.quarantined})
+        tables = {
+            f"{split}-00000": write_shard(
+                self.storage,
+                self.corpus.path,
+                f"{split}-00000",
+                [u for u in self.utterances if u.split == split],
+                checks=lax,
+            ).manifest
+            for split in ("train", "dev")
+        }
+        write_corpus(self.storage, self.corpus.path, tables)
+        self.corpus.seal({"utterances": UTTERANCES, "quarantined": self.quarantined})
         rng = np.random.default_rng(0)
         self.rows = [
             {
@@ -71,7 +81,8 @@ class Run:
                 "labels": rng.integers(0, CLUSTERS, mfcc_frames_of(row["samples"])),
                 "frame_rate_hz": 100,
             }
-            for row in tables.manifest.to_pylist()
+            for table in tables.values()
+            for row in table.to_pylist()
         ]
 
     def seal_labels(self) -> None:
@@ -83,8 +94,11 @@ class Run:
         self.labels.seal({})
 
     def write_labels(self) -> None:
-        table = pa.Table.from_pylist(self.rows, schema=schemas.LABELS)
-        self.storage.write(self.labels.file(layout.part("train-00000")), schemas.encode(table))
+        for shard, split in (("train-00000", range(20)), ("dev-00000", range(20, UTTERANCES))):
+            names = {f"u{number:02}" for number in split}
+            rows = [row for row in self.rows if row["utterance_id"] in names]
+            table = pa.Table.from_pylist(rows, schema=schemas.LABELS)
+            self.storage.write(self.labels.file(layout.part(shard)), schemas.encode(table))
 
     def seal_codebook(self) -> None:
         buffer = io.BytesIO()
@@ -162,7 +176,7 @@ def test_a_shard_that_was_cut_short_or_lost(run, kept):
     run.storage.delete(path) if kept == 0 else run.storage.write(path, data[: int(kept * len(data))])
     findings = run.findings()
     assert not_ok(findings) == {"corpus.shards": "failed"}
-    assert "1 of 1 shards" in findings["corpus.shards"].found
+    assert "1 of 2 shards" in findings["corpus.shards"].found
 
 
 @pytest.mark.parametrize("rows", [slice(0, -1), slice(5, None)])

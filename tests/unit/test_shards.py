@@ -6,13 +6,14 @@ import io
 import tarfile
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import soundfile
 
 from hubert_ray.data import audio
 from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance, Rejected, write_shard
 from hubert_ray.errors import CorpusError
-from hubert_ray.storage import schemas
+from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 
 CORPUS = "corpora/c"
@@ -189,11 +190,16 @@ def test_reader_keeps_few_shards_open_and_reopens_them(storage):
 
 def test_manifest_selects(storage):
     table = write_shard(storage, CORPUS, "train-00000", UTTERANCES).manifest
-    storage.write(f"{CORPUS}/manifest.parquet", schemas.encode(table))
-    manifest = Manifest.read(storage, CORPUS)
+    for shard, rows in {"train-00000": table, "train-00001": table.slice(1, 2)}.items():
+        storage.write(f"{CORPUS}/{layout.part(shard)}", schemas.encode(rows))
+    both = Manifest.read(storage, CORPUS, ["train-00001", "train-00000"], where=pc.field("text").is_valid())
+    assert both.table["utterance_id"].to_pylist() == ["b", "a", "b", "c"]
+    assert len(Manifest.read(storage, CORPUS, [])) == 0
+    manifest = Manifest.read_shard(storage, CORPUS, "train-00000")
     assert len(manifest) == 4
+    assert manifest.shard_of(3) == "train-00000"
     assert manifest.split("dev").table["utterance_id"].to_pylist() == ["b"]
     assert manifest.transcribed().table["utterance_id"].to_pylist() == ["a", "b", "c"]
     assert manifest.numbers("samples").tolist() == [2000, 2137, 2026, 2411]
     assert manifest.shards() == ["train-00000"]
-    assert Manifest.read(storage, CORPUS, ["speaker"]).table.column_names == ["speaker"]
+    assert Manifest.read(storage, CORPUS, ["train-00000"], ["speaker"]).table.column_names == ["speaker"]

@@ -21,6 +21,7 @@ from hubert_ray.config.recipe import Layer, Mfcc
 from hubert_ray.config.sizes import TINY
 from hubert_ray.data import audio
 from hubert_ray.data.frames import frames_of, mfcc_frames_of
+from hubert_ray.data.shards import WHOLE
 from hubert_ray.errors import CorpusError, StorageError, UnsealedArtifactError
 from hubert_ray.formats.checkpoint import Checkpoint
 from hubert_ray.model.hubert import Encoder, InputError
@@ -33,6 +34,7 @@ from hubert_ray.unit_files import write_units
 from hubert_ray.units.features import LayerExtractor, MfccExtractor
 from hubert_ray.units.kmeans import Codebook, assign
 from hubert_ray.units.windows import deduplicate
+from tests.corpora import write_corpus
 
 SMALL = msgspec.structs.replace(
     TINY, conv_channels=8, layers=2, dim=16, ffn_dim=32, heads=2, position_kernel=8, position_groups=4
@@ -59,9 +61,10 @@ def npy(array: np.ndarray) -> bytes:
 def artifacts(storage: Storage, size=None, seed: int = 0, longest: int = 48_000):
     """(codebook, teacher, inputs) as a run leaves them: of MFCC, or of layer 1 of random weights."""
     torch.manual_seed(seed)
-    row = dict.fromkeys(schemas.MANIFEST.names) | {"utterance_id": "a", "samples": longest}
-    manifest = schemas.encode(pa.Table.from_pylist([row], schema=schemas.MANIFEST))
-    inputs = {"corpus": sealed(storage, f"corpora/c{seed}", **{layout.MANIFEST: manifest})}
+    row = {"utterance_id": "a", "split": "train", "offset": 0, "size": 1, "samples": longest, "sample_rate_hz": 16_000}
+    table = pa.Table.from_pylist([row | WHOLE], schema=schemas.MANIFEST)
+    write_corpus(storage, f"corpora/c{seed}", {"train-00000": table})
+    inputs = {"corpus": sealed(storage, f"corpora/c{seed}")}
     teacher, extractor = Mfcc(), MfccExtractor()
     if size:
         encoder = Encoder(size)

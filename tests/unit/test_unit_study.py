@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 
@@ -28,11 +29,11 @@ from hubert_ray.stages.unit_study import (
     markdown_table,
     mfcc_features,
 )
-from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units import kmeans
 from hubert_ray.units.features import MfccExtractor
 from hubert_ray.units.quality import PhoneCounts
+from tests.corpora import whole_manifest, write_corpus
 
 TONES = {"A": 300.0, "B": 900.0, "C": 2500.0}
 PATH = "corpora/tones"
@@ -56,9 +57,10 @@ def made(storage: Storage, splits: dict[str, tuple[int, bool]], tones: int = 10)
         for n in range(count):
             flac, phones = utterance(len(utterances), aligned, tones)
             utterances.append(RawUtterance(f"{split}-{n}", "s", split, "flac", flac, None, phones))
-    table = write_shard(storage, PATH, "train-00000", utterances).manifest
-    storage.write(f"{PATH}/{layout.MANIFEST}", schemas.encode(table))
-    return Manifest(table)
+    shards = {f"{split}-00000": [raw for raw in utterances if raw.split == split] for split in splits}
+    tables = {shard: write_shard(storage, PATH, shard, raws).manifest for shard, raws in shards.items()}
+    write_corpus(storage, PATH, tables)
+    return Manifest(pa.concat_tables(tables.values()))
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_a_cell_is_what_its_parts_give(storage):
     """Against features, fit, labels and counts made one by one."""
     cell = Cell(mfcc_features(Mfcc()), 4, 100.0, 100.0, seed=3)
     (found,) = facts(storage, [cell])
-    manifest, reader, extract = Manifest.read(storage, PATH), AudioReader(storage, PATH), MfccExtractor()
+    manifest, reader, extract = whole_manifest(storage, PATH), AudioReader(storage, PATH), MfccExtractor()
 
     def frames(split):
         return extract([decode(reader.read(r["shard"], r["offset"], r["size"])) for r in split.table.to_pylist()])

@@ -15,15 +15,30 @@ was there before (`data/shards.py` within a shard, `data/repeats.py` between sha
 
 from __future__ import annotations
 
-from hubert_ray.config.recipe import AudioFolder, AudioTable, Corpus, EmbeddedCorpus, LibriSpeech, Parquet, WebDataset
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hubert_ray.config.recipe import (
+    AudioFolder,
+    AudioTable,
+    Corpus,
+    EmbeddedCorpus,
+    LibriSpeech,
+    Mix,
+    Parquet,
+    Part,
+    WebDataset,
+    parts_of,
+)
 from hubert_ray.data.corpora.embedded import EmbeddedSource
 from hubert_ray.data.corpora.source import SPLITS, Group, Source
 from hubert_ray.data.corpora.tables import AudioTableSource, ParquetSource
 from hubert_ray.data.corpora.tars import WebDatasetSource
 from hubert_ray.data.corpora.trees import AudioFolderSource, LibriSpeechSource
+from hubert_ray.data.shards import RawUtterance, Rejected
 
 
-def open_source(corpus: Corpus) -> Source:
+def open_source(corpus: Part) -> Source:
     """The source of a corpus. Raises CorpusError where it is missing or not of its kind."""
     match corpus:
         case EmbeddedCorpus():
@@ -38,6 +53,44 @@ def open_source(corpus: Corpus) -> Source:
             return ParquetSource(corpus)
         case WebDataset():
             return WebDatasetSource(corpus)
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """What one audio shard is to hold."""
+
+    part: str  # of a mix; "" where the corpus is none
+    split: str
+    groups: list[Group]
+
+
+def plan_corpus(corpus: Corpus) -> dict[str, PlannedShard]:
+    """Shard name -> what it holds, split by split and in each split part by part, which is the order of the index."""
+    shards = []
+    for part in parts_of(corpus):
+        source, named = open_source(part), f"{part.name}-" if isinstance(corpus, Mix) else ""
+        for shard, groups in plan_shards(source.groups(), source.shard_bytes).items():
+            shards.append((named + shard, PlannedShard(part.name if named else "", groups[0].split, groups)))
+    return dict(sorted(shards, key=lambda shard: SPLITS.index(shard[1].split)))  # a stable sort: parts keep their order
+
+
+def part_of(corpus: Corpus, shard: PlannedShard) -> Part:
+    """The corpus that a shard's recordings come from."""
+    return next(part for part in parts_of(corpus) if shard.part in ("", part.name))
+
+
+def read_shard(corpus: Corpus, shard: PlannedShard) -> Iterator[RawUtterance | Rejected]:
+    """The recordings of a shard; those of a mix with their part's name in front of ids and speakers."""
+    source = open_source(part_of(corpus, shard))
+    for group in shard.groups:
+        for found in source.read(group):
+            if not shard.part:
+                yield found
+            elif isinstance(found, Rejected):
+                yield replace(found, source=f"{shard.part}/{found.source}")
+            else:
+                speaker = found.speaker and f"{shard.part}/{found.speaker}"  # "" is an unknown one
+                yield replace(found, utterance_id=f"{shard.part}/{found.utterance_id}", speaker=speaker)
 
 
 def plan_shards(groups: list[Group], shard_bytes: int) -> dict[str, list[Group]]:
