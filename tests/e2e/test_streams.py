@@ -74,7 +74,8 @@ def test_labels_are_the_nearest_centroids_of_each_stream(run):
     assert centroids.shape == (sum(ENSEMBLE), frames.shape[1])
     labels = labels_of_one(storage, recipe, f"{folder}/iter2", 50, 2, row)
     for stream, table in enumerate(np.split(centroids, [8])):
-        assert (labels[:, stream] == kmeans.assign(frames, table)[0]).mean() > 0.98  # batched otherwise: rounding
+        same = labels[:, stream] == kmeans.assign(frames, table)[0]
+        assert same.mean() > 0.98  # another number of threads rounds otherwise
 
 
 def test_the_models_have_a_table_of_codewords_per_stream(run):
