@@ -64,7 +64,7 @@ def measure(storage: Storage, name: str, repeats: int) -> dict:
     """Seconds of audio per second, forward pass and labelling in turns."""
     label = labeller(storage, name)
     encoder = ModelAt(storage, f"runs/bench/{name}").encoder()
-    shards = sorted(path.removesuffix(".parquet") for path in storage.list(f"{CORPUS}/parts"))
+    shards = sorted(path.removesuffix(".parquet") for path in storage.list(f"{CORPUS}/{layout.MANIFEST}"))
     inputs: list[list[np.ndarray]] = []
     for shard in shards:
         manifest = Manifest.read_shard(storage, CORPUS, shard)
@@ -103,7 +103,7 @@ def _label_all(folder: str, pipe) -> None:
     storage = Storage(folder)
     label = labeller(storage, "tiny")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name in storage.list(f"{CORPUS}/parts"):
+    for name in storage.list(f"{CORPUS}/{layout.MANIFEST}"):
         label(name.removesuffix(".parquet"))
     pipe.send((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 

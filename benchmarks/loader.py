@@ -82,7 +82,7 @@ def store(storage: Storage, utterances: Iterator[RawUtterance]) -> Manifest:
     for first in utterances:
         name = f"train-{len(tables):05d}"
         tables.append(write_shard(storage, CORPUS, name, chain([first], _up_to(utterances, SHARD_BYTES))).manifest)
-        storage.write(f"{CORPUS}/{layout.part(name)}", schemas.encode(tables[-1]))
+        storage.write(f"{CORPUS}/{layout.manifest_part(name)}", schemas.encode(tables[-1]))
     return Manifest(pa.concat_tables(tables))
 
 

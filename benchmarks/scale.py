@@ -88,7 +88,7 @@ def _make_part(storage: Storage, number: int, shard_and_count: tuple[str, int]) 
         if field.name not in columns.keys() | whole.keys()
     }
     table = pa.table(columns | whole | nothing, schema=schemas.MANIFEST)
-    _write(storage, f"{CORPUS}/{layout.part(shard)}", table)
+    _write(storage, f"{CORPUS}/{layout.manifest_part(shard)}", table)
     counts = _label_counts(samples)
     bounds = np.cumsum([0, *counts])
     values = np.repeat(number * SHARD_ROWS + np.arange(count) - bounds[:-1], counts) + np.arange(bounds[-1])
@@ -209,7 +209,11 @@ def measure(rows: int, parent: Path | None) -> dict[str, Any]:
                 folder,
             ]
             result[piece] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        disk = {"manifest_parts": f"{CORPUS}/parts", "index": f"{CORPUS}/{layout.INDEX_FOLDER}", "label_parts": LABELS}
+        disk = {
+            "manifest_parts": f"{CORPUS}/{layout.MANIFEST}",
+            "index": f"{CORPUS}/{layout.INDEX_FOLDER}",
+            "label_parts": LABELS,
+        }
         result["disk_gb"] = {name: _gb(Path(folder) / place) for name, place in disk.items()}
     return result
 

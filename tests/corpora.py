@@ -15,7 +15,7 @@ from hubert_ray.storage.filesystem import Storage
 def write_corpus(storage: Storage, path: str, parts: Mapping[str, pa.Table]) -> Index:
     """`parts`: shard -> manifest rows, all of one split; `<split>-00000`, or `<part of a mix>-<split>-00000`."""
     for shard, table in parts.items():
-        storage.write(f"{path}/{layout.part(shard)}", schemas.encode(table))
+        storage.write(f"{path}/{layout.manifest_part(shard)}", schemas.encode(table))
     places = {shard: shard.split("-") for shard in parts}
     return write_index(
         storage, path, ((shard, words[-2], words[0] if len(words) > 2 else "") for shard, words in places.items())

@@ -111,7 +111,9 @@ class Index:
     def id_of(self, storage: Storage, corpus_path: str, row: int) -> str:
         """The utterance's id, for messages: a manifest part is read for it."""
         number = self._number(row)
-        part = schemas.decode(storage.read(f"{corpus_path}/{layout.part(self.shards[number].name)}"), ["utterance_id"])
+        part = schemas.decode(
+            storage.read(f"{corpus_path}/{layout.manifest_part(self.shards[number].name)}"), ["utterance_id"]
+        )
         return part["utterance_id"][row - int(self._bounds[number])].as_py()
 
     def _number(self, row: int) -> int:
@@ -161,7 +163,7 @@ def write_index(
     with ExitStack() as stack:
         columns = {name: stack.enter_context(storage.create(f"{folder}/{_file(name)}")) for name in COLUMNS}
         for name, split, part in shards:
-            data = storage.read(f"{corpus_path}/{layout.part(name)}")
+            data = storage.read(f"{corpus_path}/{layout.manifest_part(name)}")
             digest.update(data)
             table = schemas.decode(data)
             if not table.num_rows:

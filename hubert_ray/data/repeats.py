@@ -39,7 +39,7 @@ def set_repeats_aside(storage: Storage, path: str, shards: list[str], contents: 
             for table in _found(storage, path, shards, contents):
                 writer.write_table(table)
     for group in _row_groups(storage, file):
-        part = f"{path}/{layout.part(group['shard'][0].as_py())}"
+        part = f"{path}/{layout.manifest_part(group['shard'][0].as_py())}"
         rows = schemas.decode(storage.read(part))
         kept = rows.filter(pc.invert(pc.is_in(rows["utterance_id"], group["source"].combine_chunks())))
         if kept.num_rows < rows.num_rows:
@@ -58,11 +58,13 @@ def _found(storage: Storage, path: str, shards: list[str], contents: bool) -> It
 
     @lru_cache(maxsize=16)
     def ids_of(number: int) -> pa.ChunkedArray:
-        return schemas.decode(storage.read(f"{path}/{layout.part(shards[number])}"), ["utterance_id"])["utterance_id"]
+        return schemas.decode(storage.read(f"{path}/{layout.manifest_part(shards[number])}"), ["utterance_id"])[
+            "utterance_id"
+        ]
 
     with RepeatFinder() as ids, RepeatFinder() as samples:
         for number, shard in enumerate(shards):
-            part = schemas.decode(storage.read(f"{path}/{layout.part(shard)}"), ["utterance_id", "digest"])
+            part = schemas.decode(storage.read(f"{path}/{layout.manifest_part(shard)}"), ["utterance_id", "digest"])
             place_N = np.uint64(number << 32) | np.arange(part.num_rows, dtype=np.uint64)
             names = (name.encode() for name in part["utterance_id"].to_pylist())
             ids.add(b"".join(hashlib.blake2b(name, digest_size=KEY_BYTES).digest() for name in names), place_N)

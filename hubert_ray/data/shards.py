@@ -251,7 +251,7 @@ class Manifest:
         """The rows of some shards, part by part; of each part only those `where` says are kept."""
         parts = [schemas.MANIFEST.empty_table().select(columns or schemas.MANIFEST.names)]
         for shard in shards:
-            part = schemas.decode(storage.read(f"{corpus_path}/{layout.part(shard)}"), columns)
+            part = schemas.decode(storage.read(f"{corpus_path}/{layout.manifest_part(shard)}"), columns)
             parts.append(part if where is None else part.filter(where))
         return cls(pa.concat_tables(parts))
 

@@ -49,7 +49,7 @@ class _ShardWriter:
             tables = index_shard(shard, utterances, checks=part.checks, segments=segments)
         else:
             tables = write_shard(self.storage, self.path, shard, utterances, checks=part.checks, segments=segments)
-        self.storage.write(f"{self.path}/{layout.part(shard)}", schemas.encode(tables.manifest))
+        self.storage.write(f"{self.path}/{layout.manifest_part(shard)}", schemas.encode(tables.manifest))
         self.storage.write(f"{self.path}/{_quarantine_part(shard)}", schemas.encode(tables.quarantine))
         return {"utterances": tables.manifest.num_rows}
 

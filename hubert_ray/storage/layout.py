@@ -5,6 +5,7 @@ from __future__ import annotations
 SEAL = "_SUCCESS"  # written last; without it a folder is never read
 CLAIM = "_STARTED"  # written first; tells whose half-done work a folder holds
 
+MANIFEST = "manifest.parquet"  # a folder of Parquet files, one for each shard: a dataset to every reader of Parquet
 INDEX_FOLDER = "index"
 INDEX = f"{INDEX_FOLDER}/shards.json"
 QUARANTINE = "quarantine.parquet"
@@ -39,6 +40,11 @@ def artifact(run_name: str, stage: str) -> str:
 def audio_shard(shard: str) -> str:
     """A tar of compressed audio, inside a corpus folder."""
     return f"audio/{shard}.tar"
+
+
+def manifest_part(shard: str) -> str:
+    """The utterances of one audio shard, inside a corpus folder."""
+    return f"{MANIFEST}/{shard}.parquet"
 
 
 def part(shard: str) -> str:

@@ -29,7 +29,7 @@ SEEDS = [9, 2, 14, 0, 5, 11]  # lengths rise with the seed: not sorted
 def storage(tmp_path) -> Storage:
     storage = Storage(str(tmp_path))
     table = write_shard(storage, CORPUS, "s", [utterance(f"u{n}", seed) for n, seed in enumerate(SEEDS)]).manifest
-    storage.write(f"{CORPUS}/{layout.part('s')}", schemas.encode(table))
+    storage.write(f"{CORPUS}/{layout.manifest_part('s')}", schemas.encode(table))
     torch.manual_seed(0)
     size = msgspec.structs.replace(TINY, layers=1)
     weights = {f"encoder.{name}": value for name, value in Encoder(size).state_dict().items()}

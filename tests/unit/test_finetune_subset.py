@@ -102,7 +102,7 @@ def test_only_parts_that_have_transcripts_are_read(tmp_path):
         "dev-00000": part("dev", d="D"),
     }
     write_corpus(storage, "c", parts)
-    storage.delete(f"c/{layout.part('train-00001')}")
+    storage.delete(f"c/{layout.manifest_part('train-00001')}")
     assert ids(read_transcribed(storage, "c", "train")) == ["a"]
     assert ids(read_transcribed(storage, "c", "dev")) == ["d"]
     assert ids(read_transcribed(storage, "c", "test")) == []

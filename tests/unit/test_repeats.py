@@ -70,7 +70,7 @@ def written(storage: Storage) -> Storage:
     for shard, rows in SHARDS.items():
         tables = write_shard(storage, PATH, shard, [utterance(*row) for row in rows])
         assert tables.quarantine.num_rows == 0
-        storage.write(f"{PATH}/{layout.part(shard)}", schemas.encode(tables.manifest))
+        storage.write(f"{PATH}/{layout.manifest_part(shard)}", schemas.encode(tables.manifest))
     return storage
 
 

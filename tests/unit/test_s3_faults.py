@@ -112,7 +112,11 @@ def test_a_reader_sees_the_old_file_or_the_new_one(s3):
 
 def test_shards_and_labels_through_a_failing_server_are_those_of_a_local_disk(s3, tmp_path):
     centroids_KD = np.random.default_rng(0).standard_normal((8, 39), dtype=np.float32)
-    files = [f"{CORPUS}/{layout.audio_shard('s')}", f"{CORPUS}/{layout.part('s')}", f"labels/{layout.part('s')}"]
+    files = [
+        f"{CORPUS}/{layout.audio_shard('s')}",
+        f"{CORPUS}/{layout.manifest_part('s')}",
+        f"labels/{layout.part('s')}",
+    ]
     faults = [fault for fault in ("500", "cut", "503") for _ in range(2)]
 
     def work(storage: Storage) -> list[bytes]:

@@ -191,7 +191,7 @@ def test_reader_keeps_few_shards_open_and_reopens_them(storage):
 def test_manifest_selects(storage):
     table = write_shard(storage, CORPUS, "train-00000", UTTERANCES).manifest
     for shard, rows in {"train-00000": table, "train-00001": table.slice(1, 2)}.items():
-        storage.write(f"{CORPUS}/{layout.part(shard)}", schemas.encode(rows))
+        storage.write(f"{CORPUS}/{layout.manifest_part(shard)}", schemas.encode(rows))
     both = Manifest.read(storage, CORPUS, ["train-00001", "train-00000"], where=pc.field("text").is_valid())
     assert both.table["utterance_id"].to_pylist() == ["b", "a", "b", "c"]
     assert len(Manifest.read(storage, CORPUS, [])) == 0
