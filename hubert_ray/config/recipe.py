@@ -79,91 +79,74 @@ class EmbeddedCorpus(_Corpus, frozen=True, kw_only=True, tag="embedded", tag_fie
     checks: Checks = Checks()
 
 
-# Of all that follow, `path` may be an s3://… or gs://… URL. A subset, tar or table whose name is or begins with train, dev (also
-# val, valid, validation) or test and then `-`, `_` or `.` is of that split; all else is train, and `dev_speakers` and
-# `test_speakers` move whole speakers.
+class _Recordings(_Corpus, frozen=True, kw_only=True):
+    """Speech that somebody has.
+
+    A subset, tar or table whose name is or begins with train, dev (also val, valid, validation) or test and then `-`, `_` or `.`
+    is of that split; all else is train.
+    """
+
+    path: str  # a folder, or an s3://… or gs://… URL
+    dev_speakers: tuple[str, ...] = ()  # whole speakers, moved out of train
+    test_speakers: tuple[str, ...] = ()
+    checks: Checks = Checks()
+    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class LibriSpeech(_Corpus, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
+class LibriSpeech(_Recordings, frozen=True, kw_only=True, tag="librispeech", tag_field="kind"):
     """A LibriSpeech-layout tree: `<subset>/<speaker>/<chapter>/<utterance>.flac` with `<chapter>.trans.txt`.
 
     Libri-light too, whose `<recording>.json` tells the speaker, and whose subsets (small, medium, large) are for training.
     `alignments` is where phone times are, or None: TextGrid or .phn files in the same tree, or CTM files (data/alignments.py).
     """
 
-    path: str
     alignments: str | None = None
-    dev_speakers: tuple[str, ...] = ()
-    test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
-    checks: Checks = Checks()
-    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class AudioFolder(_Corpus, frozen=True, kw_only=True, tag="folder", tag_field="kind"):
+class AudioFolder(_Recordings, frozen=True, kw_only=True, tag="folder", tag_field="kind"):
     """Any tree of .flac, .wav, .ogg, .opus and .mp3 files; `<file>.txt` beside a recording is its transcript.
 
     `[<subset>/]<speaker>/…/<recording>`. An utterance's id is its path below `path`, without the suffix.
     `alignments` as for LibriSpeech.
     """
 
-    path: str
     alignments: str | None = None
-    dev_speakers: tuple[str, ...] = ()
-    test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
-    checks: Checks = Checks()
-    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class AudioTable(_Corpus, frozen=True, kw_only=True, tag="table", tag_field="kind"):
+class AudioTable(_Recordings, frozen=True, kw_only=True, tag="table", tag_field="kind"):
     """A .csv, .tsv (both with a header) or .jsonl file with a row per recording, whose path is relative to the file's folder.
 
     Only the column of paths must be there. Without ids an utterance is named after its path, without the suffix.
     """
 
-    path: str
     path_column: str = "path"
     id_column: str = "id"
     speaker_column: str = "speaker"
     split_column: str = "split"
     text_column: str = "text"
-    dev_speakers: tuple[str, ...] = ()
-    test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
-    checks: Checks = Checks()
-    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class Parquet(_Corpus, frozen=True, kw_only=True, tag="parquet", tag_field="kind"):
+class Parquet(_Recordings, frozen=True, kw_only=True, tag="parquet", tag_field="kind"):
     """.parquet files that hold the audio, as Hugging Face's data sets do: `audio: struct<bytes: binary, path: string>`, or binary.
 
     Only the column of audio must be there. Without ids an utterance is named after its file and row.
     """
 
-    path: str
     audio_column: str = "audio"
     id_column: str = "id"
     speaker_column: str = "speaker_id"
     text_column: str = "text"
-    dev_speakers: tuple[str, ...] = ()
-    test_speakers: tuple[str, ...] = ()
     shard_mib: Count = 256  # a new audio shard is begun at this size
-    checks: Checks = Checks()
-    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
-class WebDataset(_Corpus, frozen=True, kw_only=True, tag="webdataset", tag_field="kind"):
+class WebDataset(_Recordings, frozen=True, kw_only=True, tag="webdataset", tag_field="kind"):
     """Plain .tar files with `<key>.<audio suffix>`, `<key>.txt`, `<key>.json` (`text`, `speaker`), used where they lie.
 
     They are the corpus's shards and must stay: every stage reads the audio from them.
     """
-
-    path: str
-    dev_speakers: tuple[str, ...] = ()
-    test_speakers: tuple[str, ...] = ()
-    checks: Checks = Checks()
-    segments: Segments | None = None  # None: a recording above checks.max_seconds is set aside
 
 
 Part = EmbeddedCorpus | LibriSpeech | AudioFolder | AudioTable | Parquet | WebDataset
