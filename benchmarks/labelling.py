@@ -149,7 +149,7 @@ def main() -> None:
     for name, row in result["teachers"].items():
         print(
             f"{name:5} forward {row['forward']:8.2f} x real time   labelling {row['labelling']:8.2f}   share {row['share']:.3f} "
-            f"(of processor time {row['share_of_processor']:.3f})   padding {row['padding']:.1%}"
+            f"(of processor time {row['share_of_processor']:.3f})"
         )
     for row in result["memory"]:
         print(

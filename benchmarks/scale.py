@@ -4,7 +4,7 @@
     python -m benchmarks.scale --rows 2000000,20000000,200000000          does memory grow with the corpus?
 
 Makes up manifest and label parts (no audio: nothing here opens any), then runs each piece in a process of its own:
-    index    write_index over all parts, as prepare_data does: columns, digest, repeated ids
+    index    write_index over all parts: columns, digest; not the search for repeats, which prepare_data makes before it
     plan     opens the index, plans with HuBERT Base's settings, first step, a step of another epoch (with its shuffle), 1000 steps
     labels   LabelStore over all parts, then windows of utterances drawn at random, each checked
 `memory_gib` is the peak of the process's own memory (RssAnon, every 10 ms), `rss_gib` that with the pages of mapped files that

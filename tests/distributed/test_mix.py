@@ -1,4 +1,4 @@
-"""A mix of two corpora from its audio to a trained model; another balance of it reads no audio again."""
+"""A mix of two corpora from its audio to a trained model; another balance of it trains on other batches of the same corpus."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_recipe
 from hubert_ray.data.index import Index
 from hubert_ray.distributed.cluster import connected
+from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 from tests.conftest import SMOKE
 
@@ -49,4 +50,5 @@ def test_a_mix_is_prepared_labelled_and_trained_on(tmp_path, ray_local):
     assert index.contents.shared_speakers == ()
     again = run("plain", "iterations.iter1.pretrain.dataset_alpha=0.0", "name=balanced")
     assert again["prepare_data"]
-    assert storage.exists("runs/balanced/iter1/pretrain/model.safetensors")
+    plain, balanced = (f"runs/{name}/iter1/pretrain/{layout.MODEL}" for name in ("plain", "balanced"))
+    assert storage.read(plain) != storage.read(balanced), "the balance does not reach the training"

@@ -13,6 +13,7 @@ from hubert_ray import pipeline
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.loading import load_recipe
 from hubert_ray.data.collate import UtteranceReader
+from hubert_ray.data.index import Index
 from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.shards import AudioReader
 from hubert_ray.distributed import telemetry
@@ -52,8 +53,9 @@ def frames_of_one(storage, recipe, teacher) -> tuple[np.ndarray, int]:
 
 
 def labels_of_one(storage, recipe, folder, rate, streams, row) -> np.ndarray:
-    manifest = whole_manifest(storage, f"corpora/{recipe.corpus.name}").split("train")
-    return LabelStore(storage, f"{folder}/assign_labels", manifest, rate, streams).window(row, slice(None))
+    corpus = f"corpora/{recipe.corpus.name}"
+    index = Index.open(storage, corpus).split("train")
+    return LabelStore(storage, corpus, f"{folder}/assign_labels", index, rate, streams).window(row, slice(None))
 
 
 def test_labels_are_the_nearest_centroids_of_each_stream(run):
