@@ -91,7 +91,7 @@ def test_stability_over_features_clusters_hours_and_seeds(storage):
             assert row[figure]["mean"] == pytest.approx(float(values.mean()))
             assert row[figure]["std"] == pytest.approx(float(values.std()))
     text = storage.read("runs/one/stability/stability.md").decode()
-    assert f"| MFCC                |  10 | {rows['MFCC', 0.004]['pnmi']['mean']:.4f} ± " in text
+    assert f"| MFCC                | 10 | {rows['MFCC', 0.004]['pnmi']['mean']:.4f} ± " in text
     assert storage.read("runs/one/stability/stability.svg").startswith(b"<svg ")
 
 
