@@ -49,12 +49,12 @@ def test_chain_on_failing_s3_gives_the_bytes_of_a_local_one(s3, corpus, tmp_path
     local, path = corpus
     cache = RangeCache(str(tmp_path / "cache"), 2**30)
     remote = Storage(s3.url(), cache)
-    number, met = itertools.count(), set()
+    numbers, met = {method: itertools.count() for method in ("GET", "HEAD", "PUT", "POST", "DELETE")}, set()
 
     def fails(method, path):
-        """Every fifth request. Not the end of an upload: a real store repeats its answer, moto's does not know it any more."""
+        """Every fifth read, every third write. Not the end of an upload: a real store repeats its answer, moto's knows it no more."""
         kinds = ["500", "503", "cut", *{"GET": ("truncated", "slow"), "PUT": ("lost",)}.get(method, ())]
-        k, rest = divmod(next(number), 5)
+        k, rest = divmod(next(numbers[method]), 3 if method == "PUT" else 5)
         if rest or method == "POST":
             return None
         met.add((method, kinds[k % len(kinds)]))

@@ -118,7 +118,7 @@ def test_finished_parts_are_not_made_again(corpus, reference, monkeypatch):
 
 # --- bundles and features ---------------------------------------------------------------------------------------------
 
-TAUGHT = 'iterations.iter1.teacher={kind="layer", of="public/tiny", layer=2}'
+TAUGHT = 'iterations.iter1.teacher={kind="layer", of="public/taught", layer=2}'
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def teacher(corpus):
     size = msgspec.structs.replace(TINY, conv_channels=16, layers=3, dim=32, ffn_dim=64, heads=2, position_kernel=16)
     torch.manual_seed(0)
     model = SpeechModel(Checkpoint(size, Encoder(size).state_dict()))
-    model.store(corpus[0], "public/tiny")
+    model.store(corpus[0], "public/taught")
     return model
 
 
