@@ -52,7 +52,7 @@ def test_chain_on_failing_s3_gives_the_bytes_of_a_local_one(s3, corpus, tmp_path
     numbers, met = {method: itertools.count() for method in ("GET", "HEAD", "PUT", "POST", "DELETE")}, set()
 
     def fails(method, path):
-        """Every fifth read, every third write. Not the end of an upload: a real store repeats its answer, moto's knows it no more."""
+        """Every fifth read, every third write. Not the end of an upload: a real store repeats its answer, moto does not know it."""
         kinds = ["500", "503", "cut", *{"GET": ("truncated", "slow"), "PUT": ("lost",)}.get(method, ())]
         k, rest = divmod(next(numbers[method]), 3 if method == "PUT" else 5)
         if rest or method == "POST":
