@@ -26,10 +26,11 @@ import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from hubert_ray.data.frames import SAMPLE_RATE
 from hubert_ray.data.shards import Rejected
@@ -109,11 +110,11 @@ class _Tree:
 
     def __init__(self, storage: Storage):
         self._storage = storage
-        self._folder: tuple[str, dict[str, str]] = ("", {})
+        self._folder: tuple[str | None, dict[str, str]] = (None, {})
 
     def phones(self, place: str, utterance_id: str) -> Phones | None:
         folder, stem = posixpath.split(place)
-        if self._folder[0] != folder or not self._folder[1]:
+        if self._folder[0] != folder:
             self._folder = folder, self._names(folder)  # recordings come folder by folder
         for suffix in self.SUFFIXES:
             name = self._folder[1].get(stem + suffix)
@@ -215,14 +216,14 @@ class _PraatTokens:
 
 
 class _Ctm:
-    """CTM files, read by range: each process goes through them once and remembers where the utterances' lines are."""
+    """CTM files, read by range: gone through once, when the first utterance is asked for; where the lines of each are is kept."""
 
     def __init__(self, storage: Storage, files: list[str]):
         self._storage, self._files = storage, files
+        self._opened: tuple[int, pa.NativeFile] | None = None  # the file that was read last; neighbours are in one file
 
     def phones(self, place: str, utterance_id: str) -> Phones | None:
-        name = utterance_id.encode()
-        runs = [(file, lines) for file in self._files for lines in _runs(self._storage, file, name)]
+        runs = self._runs(utterance_id.encode())
         if not runs:
             return None
         file, lines = runs[0]
@@ -232,6 +233,39 @@ class _Ctm:
             return ctm_phones(lines)
         except ValueError as error:
             raise ValueError(f"{file}, '{utterance_id}': {error}") from error
+
+    def _runs(self, name: bytes) -> list[tuple[str, list[bytes]]]:
+        """(file, lines) of the runs of lines that begin with `name`; one of them, where the files are in order."""
+        index, found = self._index, []
+        first, last = (np.searchsorted(index.hash_R, np.uint64(_hash(name)), side) for side in ("left", "right"))
+        for run in range(first, last):
+            number, start, end = (int(column[run]) for column in (index.file_R, index.start_R, index.end_R))
+            if self._opened is None or self._opened[0] != number:
+                self._opened = number, self._storage.open(self._files[number])
+            lines = [line for line in self._opened[1].read_at(end - start, start).splitlines() if _name(line)]
+            if lines and _name(lines[0]) == name:  # and not another one of the same hash
+                found.append((self._files[number], lines))
+        return found
+
+    @cached_property
+    def _index(self) -> _Index:
+        hashes, numbers, starts, ends = array("Q"), array("q"), array("q"), array("q")
+        for number, file in enumerate(self._files):
+            current, position = b"", 0
+            with io.BufferedReader(self._storage.open(file), 2**20) as stream:  # type: ignore[arg-type]  # it reads into buffers
+                for line in stream:
+                    name = _name(line)
+                    if name and name != current:
+                        current = name
+                        hashes.append(_hash(name))
+                        numbers.append(number)
+                        starts.append(position)
+                        ends.append(position)
+                    position += len(line)
+                    if name:
+                        ends[-1] = position
+        order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")
+        return _Index(*(np.array(column)[order] for column in (hashes, numbers, starts, ends)))
 
 
 def ctm_phones(lines: Iterable[bytes]) -> Phones:
@@ -249,45 +283,12 @@ def ctm_phones(lines: Iterable[bytes]) -> Phones:
 
 @dataclass(frozen=True)
 class _Index:
-    """Where runs of lines of one utterance are, sorted by a hash of its id: numbers only, 24 bytes a run."""
+    """Where runs of lines of one utterance are, sorted by a hash of its id: numbers only, 32 bytes a run."""
 
     hash_R: np.ndarray  # uint64
+    file_R: np.ndarray  # its number
     start_R: np.ndarray  # bytes
     end_R: np.ndarray
-
-
-def _runs(storage: Storage, file: str, name: bytes) -> list[list[bytes]]:
-    """The runs of lines that begin with `name`; one of them, where the file is in order."""
-    facts = storage.filesystem.get_file_info(storage.full(file))
-    index = _index(storage.address, file, facts.size, facts.mtime_ns)
-    first, last = (np.searchsorted(index.hash_R, np.uint64(_hash(name)), side) for side in ("left", "right"))
-    found = []
-    with storage.open(file) as stream:
-        for start, end in zip(index.start_R[first:last].tolist(), index.end_R[first:last].tolist(), strict=True):
-            lines = [line for line in stream.read_at(end - start, start).splitlines() if _name(line)]
-            if _name(lines[0]) == name:  # and not another one of the same hash
-                found.append(lines)
-    return found
-
-
-@lru_cache(maxsize=16)
-def _index(address: str, file: str, size: int, mtime_ns: int) -> _Index:
-    """Size and time of change are there for the cache: an index belongs to the content that it was made from."""
-    hashes, starts, ends = array("Q"), array("q"), array("q")
-    current, position = b"", 0
-    with io.BufferedReader(Storage(address).open(file), 2**20) as stream:  # type: ignore[arg-type]  # it reads into buffers
-        for line in stream:
-            name = _name(line)
-            if name and name != current:
-                current = name
-                hashes.append(_hash(name))
-                starts.append(position)
-                ends.append(position)
-            position += len(line)
-            if name:
-                ends[-1] = position
-    order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")
-    return _Index(*(np.array(column)[order] for column in (hashes, starts, ends)))
 
 
 def _name(line: bytes) -> bytes:

@@ -294,14 +294,16 @@ class AudioReader:
 
     Decoding is held to the processors of the worker, which Ray names in OMP_NUM_THREADS: on a machine that trains on its CPUs
     it takes no more than one step's thread does. Shards stay open, a few of a local disk, many of an object store, where an open
-    file is its size and no more. Ranges of remote shards are taken from and left in `storage.cache`, if there is one.
+    file is its size and no more; what counts is where the shard lies, which may be elsewhere than its corpus. Ranges of remote
+    shards are taken from and left in `storage.cache`, if there is one.
     """
 
     def __init__(self, storage: Storage, corpus_path: str, keep_open: int | None = None):
         self._storage = storage
         self._corpus_path = corpus_path
-        self._keep_open = keep_open or (32 if storage.is_local else 4096)
-        self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._local = _Kept(keep_open or 32, OrderedDict())
+        self._remote = _Kept(keep_open or 4096, OrderedDict())
+        self._elsewhere: dict[str, Storage] = {}  # by the address in the locations
         self._locations: Locations | None = None  # read when the first shard is opened
         self._lock = threading.Lock()
         cpus = os.environ.get("OMP_NUM_THREADS", "")
@@ -327,31 +329,41 @@ class AudioReader:
     def _open(self, shard: str) -> _OpenShard:
         """The shard's file. One that falls out is closed when the last thread is done with it."""
         with self._lock:
-            if shard in self._shards:
-                self._shards.move_to_end(shard)
-                return self._shards[shard]
-            if self._locations is None:
-                file = f"{self._corpus_path}/{layout.LOCATIONS}"
-                known = self._storage.read(file) if self._storage.exists(file) else b'{"tars": {}}'
-                self._locations = msgspec.json.decode(known, type=Locations)
-        storage, path = self._storage, f"{self._corpus_path}/{layout.audio_shard(shard)}"
-        way_out = "remove the corpus and run prepare_data again"
-        if shard in self._locations.tars:
-            root, path = self._locations.tars[shard]
-            storage = Storage(root, self._storage.cache)
-            way_out = f"if the tars have moved, write where they are now into {self._corpus_path}/{layout.LOCATIONS}"
+            storage, path = self._place(shard)
+            kept = self._local if storage.is_local else self._remote
+            if shard in kept.shards:
+                kept.shards.move_to_end(shard)
+                return kept.shards[shard]
         cache = None if storage.is_local else storage.cache
         try:
             # What a range is kept under says which state of the shard it is of: a corpus may be made anew in its place.
             key = f"{storage.url}/{path}:{storage.version(path)}" if cache else ""
             opened = _OpenShard(storage.open(path), cache, key)
         except FileNotFoundError as error:
+            way_out = (
+                "remove the corpus and run prepare_data again"
+                if storage is self._storage
+                else f"if the tars have moved, write where they are now into {self._corpus_path}/{layout.LOCATIONS}"
+            )
             raise CorpusError(f"'{path}' is missing from {storage.url}: {way_out}") from error
         with self._lock:
-            self._shards[shard] = opened
-            if len(self._shards) > self._keep_open:
-                self._shards.popitem(last=False)
+            kept.shards[shard] = opened
+            if len(kept.shards) > kept.limit:
+                kept.shards.popitem(last=False)
         return opened
+
+    def _place(self, shard: str) -> tuple[Storage, str]:
+        """Where a shard's tar lies."""
+        if self._locations is None:
+            file = f"{self._corpus_path}/{layout.LOCATIONS}"
+            known = self._storage.read(file) if self._storage.exists(file) else b'{"tars": {}}'
+            self._locations = msgspec.json.decode(known, type=Locations)
+        if shard not in self._locations.tars:
+            return self._storage, f"{self._corpus_path}/{layout.audio_shard(shard)}"
+        root, path = self._locations.tars[shard]
+        if root not in self._elsewhere:
+            self._elsewhere[root] = Storage(root, self._storage.cache)
+        return self._elsewhere[root], path
 
     def wave(self, shard: str, offset: int, size: int, first: int = 0, stored_samples: int = -1) -> np.ndarray:
         """The decoded 16 kHz waveform of an utterance, shape (S,): of the whole recording, or of a range of its stored samples."""
@@ -368,6 +380,14 @@ class AudioReader:
         if window.failure:  # what the decoder takes for the file's end or for damage is storage that did not answer
             raise window.failure
         return wave_S
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Shards that are open, the one that was used last at the end."""
+
+    limit: int
+    shards: OrderedDict[str, _OpenShard]
 
 
 @dataclass(frozen=True)

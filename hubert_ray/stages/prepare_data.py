@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hubert_ray.asr.transcripts import spellable
 from hubert_ray.config.recipe import Corpus, EmbeddedCorpus, Mix, WebDataset, parts_of
-from hubert_ray.data.corpora import PlannedShard, open_source, part_of, plan_corpus, read_shard
+from hubert_ray.data.corpora import PlannedShard, part_of, plan_corpus, read_shard
 from hubert_ray.data.corpora.source import SPLITS
-from hubert_ray.data.corpora.tars import WebDatasetSource
 from hubert_ray.data.index import Shard, write_index
 from hubert_ray.data.repeats import set_repeats_aside
 from hubert_ray.data.shards import Locations, Manifest, index_shard, write_shard
@@ -96,8 +94,14 @@ def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
 
 def _tar_in_place(corpus: Corpus, shard: PlannedShard) -> tuple[str, str] | None:
     """(storage, path) of a tar that is a shard where it lies."""
-    source = open_source(part_of(corpus, shard))
-    return (source.storage.address, shard.groups[0].name) if isinstance(source, WebDatasetSource) else None
+    part = part_of(corpus, shard)
+    return (_address(part.path), shard.groups[0].name) if isinstance(part, WebDataset) else None
+
+
+@lru_cache
+def _address(path: str) -> str:
+    """Of the folder that holds the tars: one look at the storage for all of them."""
+    return Storage.of(path)[0].address
 
 
 def _moved_speakers(corpus: Corpus) -> set[str]:
@@ -116,7 +120,10 @@ def _quarantine_part(shard: str) -> str:
 
 def _check_unchanged(work: Work, plan: dict[str, PlannedShard]) -> None:
     """Shards of a begun corpus belong to the recordings that were there then. Raises CorpusError where others are now."""
-    listed = hashlib.sha256(msgspec.json.encode(plan)).hexdigest()
+    digest = hashlib.sha256()
+    for planned in plan.items():
+        digest.update(ascii(planned).encode())  # a name that was not UTF-8 when it was listed has no other bytes
+    listed = digest.hexdigest()
     file = work.output.file("plan.sha256")
     if work.storage.exists(file) and work.storage.read(file).decode() != listed:
         raise CorpusError(

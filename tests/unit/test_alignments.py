@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hubert_ray.data.alignments import Alignments, ctm_phones, textgrid_phones, timit_phones
 from hubert_ray.errors import CorpusError
+from hubert_ray.storage.filesystem import Storage
 
 LONG = """File type = "ooTextFile"
 Object class = "TextGrid"
@@ -224,6 +225,31 @@ def test_ctm_files_are_read_by_utterance(tmp_path):
     write(tmp_path, "2.ctm", "b 1 0 0.01 D\nd 1 0 0.01 E\n")
     assert read(tmp_path, utterance_id="d") == ([(0, 160, "E")], None)
     assert "do not stand together" in read(tmp_path, utterance_id="b")[1].detail
+
+
+def test_many_ctm_files_are_each_gone_through_once(tmp_path, monkeypatch):
+    for number in range(20):
+        lines = "".join(f"u{number}-{k} 1 0 0.01 P{k}\n" for k in range(3))
+        write(tmp_path, f"{number:02d}.ctm", lines)
+    opened: list[str] = []
+    monkeypatch.setattr(Storage, "open", lambda self, path, real=Storage.open: opened.append(path) or real(self, path))
+    alignments = Alignments(str(tmp_path))
+    for number in range(20):
+        for k in range(3):
+            assert alignments.read("", f"u{number}-{k}") == ([(0, 160, f"P{k}")], None)
+    assert alignments.read("", "nobody") == (None, None)
+    assert len(opened) == 2 * 20  # once for the index, once for all lines of neighbours
+
+
+def test_a_folder_without_alignments_is_listed_once(tmp_path, monkeypatch):
+    write(tmp_path, "a/b.phn", "0 160 AH0\n")
+    write(tmp_path, "c/1.txt", "")
+    alignments, listed = Alignments(str(tmp_path)), []
+    monkeypatch.setattr(Storage, "scan", lambda self, path, real=Storage.scan: listed.append(path) or real(self, path))
+    for place in ("top", "top2", "c/1", "c/2", "c/3"):
+        assert alignments.read(place, place) == (None, None)
+    assert alignments.read("a/b", "b") == ([(0, 160, "AH0")], None)
+    assert listed == ["", "c", "a"]
 
 
 def test_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import pickle
 import random
 from pathlib import Path
 
@@ -12,13 +13,19 @@ import numpy as np
 import pytest
 import soundfile
 
-from hubert_ray.config.recipe import AudioFolder, Checks, LibriSpeech, Mix
+from hubert_ray.config.cluster import Cluster
+from hubert_ray.config.presets import PRESETS
+from hubert_ray.config.recipe import AudioFolder, AudioTable, Checks, LibriSpeech, Mix, WebDataset
 from hubert_ray.data import audio
-from hubert_ray.data.corpora import open_source, plan_corpus, plan_shards, read_shard
+from hubert_ray.data.corpora import PlannedShard, open_source, plan_corpus, plan_shards, read_shard
 from hubert_ray.data.corpora.source import Group
 from hubert_ray.data.corpora.trees import AudioFolderSource, LibriSpeechSource
 from hubert_ray.data.shards import RawUtterance, Rejected, write_shard
 from hubert_ray.errors import CorpusError
+from hubert_ray.stages import prepare_data
+from hubert_ray.stages.context import Work
+from hubert_ray.storage import filesystem
+from hubert_ray.storage.artifacts import Artifact, identity_of
 from hubert_ray.storage.filesystem import Storage
 
 
@@ -376,9 +383,89 @@ def test_a_large_folder_is_several_groups_that_hold_every_file_once(tmp_path, mo
         recording(tmp_path / "anna" / f"{number}.wav", "wav")
     opened = open_source(AudioFolder(name="c", path=str(tmp_path)))
     groups = opened.groups()
-    assert [len(group.files) for group in groups] == [3, 3, 2]
+    assert [group.bytes // (tmp_path / "anna" / "0.wav").stat().st_size for group in groups] == [3, 3, 2]
     names = [u.utterance_id for group in groups for u in opened.read(group)]
     assert names == [f"anna/{number}" for number in range(8)]
+
+
+def test_a_large_folder_is_listed_once_by_each_process_and_its_plan_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(AudioFolderSource, "FILES_A_GROUP", 3)
+    for number in range(30):
+        recording(tmp_path / "anna" / f"a-rather-long-name-{number:02d}.wav", "wav")
+    corpus = AudioFolder(name="c", path=str(tmp_path), shard_mib=1)
+    plan = plan_corpus(corpus)
+    assert b"a-rather-long-name" not in pickle.dumps(plan)
+    listed: list[str] = []
+    monkeypatch.setattr(Storage, "scan", lambda self, path, real=Storage.scan: listed.append(path) or real(self, path))
+    shards = [PlannedShard("", "train", [group]) for shard in plan.values() for group in shard.groups]
+    assert len(shards) == 10
+    assert len([item for shard in shards for item in read_shard(corpus, shard)]) == 30
+    assert listed == ["anna"]
+
+
+def test_a_folder_that_changed_since_the_plan_is_an_error(tmp_path):
+    for name in "ac":
+        recording(tmp_path / "anna" / f"{name}.wav", "wav")
+    opened = open_source(AudioFolder(name="c", path=str(tmp_path)))
+    (group,) = opened.groups()
+    recording(tmp_path / "anna" / "b.wav", "wav")
+    with pytest.raises(CorpusError, match="has other files than when the corpus was begun"):
+        list(opened.read(group))
+
+
+# --- the plan of a begun corpus ---------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_not_utf8_spoils_no_plan_and_its_change_is_seen(tmp_path):
+    work, bad = _work(tmp_path / "out"), os.fsdecode(b"caf\xe9.flac")
+    try:
+        recording(tmp_path / "in" / "anna" / bad, "flac")
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    corpus = AudioFolder(name="c", path=str(tmp_path / "in"))
+    plan = plan_corpus(corpus)
+    prepare_data._check_unchanged(work, plan)
+    prepare_data._check_unchanged(work, plan)
+    (shard,) = plan.values()
+    assert [found.reason for found in read_shard(corpus, shard)] == ["bad_name"]
+    (tmp_path / "in" / "anna" / bad).rename(tmp_path / "in" / "anna" / os.fsdecode(b"caf\xe8.flac"))
+    with pytest.raises(CorpusError, match="begun from other recordings"):
+        prepare_data._check_unchanged(work, plan_corpus(corpus))
+
+
+def test_any_name_of_a_group_can_be_planned(tmp_path):
+    work = _work(tmp_path)
+    plan = {"train-00000": PlannedShard("", "train", [Group(os.fsdecode(b"caf\xe9#0"), "train", 1)])}
+    prepare_data._check_unchanged(work, plan)
+    prepare_data._check_unchanged(work, plan)
+    plan["train-00000"].groups[0] = Group(os.fsdecode(b"caf\xe8#0"), "train", 1)
+    with pytest.raises(CorpusError, match="begun from other recordings"):
+        prepare_data._check_unchanged(work, plan)
+
+
+def _work(out: Path) -> Work:
+    output = Artifact(Storage(str(out)), "corpora/c", identity_of("prepare_data", {}, {}))
+    return Work("prepare_data", PRESETS["demo"], Cluster(), output, {})
+
+
+def test_the_driver_asks_once_where_tars_are_and_never_opens_another_kind(tmp_path, monkeypatch):
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "table").mkdir()
+    for number in range(5):
+        (tmp_path / "tars" / f"{number}.tar").write_bytes(bytes(10_240))
+    recording(tmp_path / "table" / "a.wav", "wav")
+    (tmp_path / "table" / "t.csv").write_text("path\na.wav\n")
+    tars = WebDataset(name="tars", path=str(tmp_path / "tars"))
+    table = AudioTable(name="table", path=str(tmp_path / "table" / "t.csv"))
+    corpus = Mix(name="c", parts=(tars, table))
+    plan = plan_corpus(corpus)
+    looks: list[str] = []
+    real = filesystem._connect
+    monkeypatch.setattr(filesystem, "_connect", lambda url: looks.append(url) or real(url))
+    found = [prepare_data._tar_in_place(corpus, shard) for shard in plan.values()]
+    assert found == [(str(tmp_path / "tars"), f"{number}.tar") for number in range(5)] + [None]
+    assert {*looks} == {str(tmp_path / "tars")}
+    assert len(looks) <= 2  # what is there, and the folder
 
 
 def test_same_names_with_two_suffixes_are_quarantined_once(tmp_path):

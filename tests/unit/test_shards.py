@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import tarfile
 
+import msgspec
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 import soundfile
 
 from hubert_ray.data import audio
-from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance, Rejected, write_shard
+from hubert_ray.data.shards import AudioReader, Locations, Manifest, RawUtterance, Rejected, write_shard
 from hubert_ray.errors import CorpusError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
@@ -186,6 +187,44 @@ def test_reader_keeps_few_shards_open_and_reopens_them(storage):
         shard = f"train-{n:05d}"
         assert reader.read(shard, rows[shard]["offset"], rows[shard]["size"]) == shards[shard].audio
     assert opened == list("01213")
+
+
+@pytest.mark.parametrize("tars_are_local", [True, False])
+def test_as_many_shards_stay_open_as_the_place_of_the_tars_allows(storage, monkeypatch, tars_are_local):
+    """Tars elsewhere than their corpus, one of both on an object store; each place is looked at once."""
+    opened, made = [], []
+
+    class Remote(Storage):
+        is_local = False
+
+    class Local(Storage):
+        is_local = True
+
+    class Elsewhere(Local if tars_are_local else Remote):
+        def __init__(self, url, cache=None):
+            made.append(url)
+            super().__init__(url, cache)
+
+        def open(self, path):
+            opened.append(path)
+            return super().open(path)
+
+    shards, tars = [f"train-{n:05d}" for n in range(40)], {}
+    row = write_shard(storage, "elsewhere", "all", UTTERANCES).manifest.to_pylist()[0]
+    data = storage.read(f"elsewhere/{layout.audio_shard('all')}")
+    for shard in shards:
+        storage.write(f"elsewhere/{shard}.tar", data)
+        tars[shard] = (storage.full("elsewhere"), f"{shard}.tar")
+    storage.write(f"{CORPUS}/{layout.LOCATIONS}", msgspec.json.encode(Locations(tars)))
+    corpus = (Remote if tars_are_local else Local)(storage.url)
+    monkeypatch.setattr("hubert_ray.data.shards.Storage", Elsewhere)
+    reader = AudioReader(corpus, CORPUS)
+    for shard in [*shards, *shards]:
+        assert reader.read(shard, row["offset"], row["size"]) == UTTERANCES[0].audio
+    assert len(opened) == (
+        80 if tars_are_local else 40
+    )  # 32 of a disk stay open, so that none is left when its turn comes
+    assert made == [storage.full("elsewhere")]
 
 
 def test_manifest_selects(storage):

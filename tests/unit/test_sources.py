@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,8 @@ from hubert_ray.data.corpora import open_source, plan_shards
 from hubert_ray.data.corpora.source import Group
 from hubert_ray.data.corpora.tables import AudioTableSource
 from hubert_ray.data.shards import RawUtterance, Rejected
+from hubert_ray.errors import CorpusError
+from hubert_ray.storage.filesystem import Storage
 
 
 def recording(seed: int, kind: str = "FLAC") -> bytes:
@@ -215,6 +218,29 @@ def test_row_groups_of_parquet_files(tmp_path):
     assert [u.audio for u in found] == [
         recording(n, "WAV" if n % 2 else "FLAC") for n in (5, 6, 7, 8, 9, 0, 1, 2, 3, 4)
     ]
+
+
+def test_one_named_file_is_that_file_only_and_its_folder_is_not_walked(tmp_path, monkeypatch):
+    monkeypatch.setattr(Storage, "walk", lambda *_: pytest.fail("walked"))
+    (tmp_path / "test").mkdir()
+    for place in ("", "test/"):
+        pq.write_table(pa.table({"audio": [recording(0)]}), tmp_path / f"{place}0000.parquet")
+        tar(tmp_path / f"{place}0000.tar", {"0.flac": recording(0)})
+    named = Parquet(name="c", path=str(tmp_path / "0000.parquet"))
+    assert [(group.name, group.split) for group in open_source(named).groups()] == [("0000.parquet#00000", "train")]
+    named = WebDataset(name="c", path=str(tmp_path / "0000.tar"))
+    assert [(group.name, group.split) for group in open_source(named).groups()] == [("0000.tar", "train")]
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [(Parquet, "parquet"), (WebDataset, "tar")])
+def test_a_file_of_recordings_whose_name_is_not_utf8_is_an_error(tmp_path, kind, suffix):
+    (tmp_path / os.fsdecode(b"other\xe9.txt")).write_bytes(b"")
+    pq.write_table(pa.table({"audio": [recording(0)]}), tmp_path / "0000.parquet")
+    tar(tmp_path / "0000.tar", {"0.flac": recording(0)})
+    assert len(open_source(kind(name="c", path=str(tmp_path))).groups()) == 1
+    (tmp_path / f"0000.{suffix}").rename(tmp_path / os.fsdecode(b"caf\xe9." + suffix.encode()))
+    with pytest.raises(CorpusError, match="is not UTF-8; rename it"):
+        open_source(kind(name="c", path=str(tmp_path))).groups()
 
 
 MEASURED = """

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from hubert_ray.config.recipe import (
     AudioFolder,
@@ -81,7 +82,7 @@ def part_of(corpus: Corpus, shard: PlannedShard) -> Part:
 
 def read_shard(corpus: Corpus, shard: PlannedShard) -> Iterator[RawUtterance | Rejected]:
     """The recordings of a shard; those of a mix with their part's name in front of ids and speakers."""
-    source = open_source(part_of(corpus, shard))
+    source = _opened(part_of(corpus, shard))
     for group in shard.groups:
         for found in source.read(group):
             if not shard.part:
@@ -91,6 +92,12 @@ def read_shard(corpus: Corpus, shard: PlannedShard) -> Iterator[RawUtterance | R
             else:
                 speaker = found.speaker and f"{shard.part}/{found.speaker}"  # "" is an unknown one
                 yield replace(found, utterance_id=f"{shard.part}/{found.utterance_id}", speaker=speaker)
+
+
+@lru_cache(maxsize=8)
+def _opened(part: Part) -> Source:
+    """A process opens a part once for all shards that it reads: what the source has learnt of its folder or files stays."""
+    return open_source(part)
 
 
 def plan_shards(groups: list[Group], shard_bytes: int) -> dict[str, list[Group]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Group:
     name: str
     split: str  # of all; where a file holds several splits, each is a group of it, and `read` passes over the others
     bytes: int  # of audio, roughly; only used to fill shards evenly
-    files: tuple[str, ...] = ()  # in it, where the name alone does not tell them
+    digest: str = ""  # of its files' names, where the group is a stretch of a folder's list
 
 
 class Source(Protocol):
@@ -67,6 +68,23 @@ class Placed:
                 f"corpus.dev_speakers and corpus.test_speakers name {', '.join(absent)}, but '{self.storage.url}' has no "
                 "such speaker; give the names as the corpus has them"
             )
+
+    def files(self, suffixes: tuple[str, ...]) -> dict[str, int]:
+        """Path -> bytes of the files that end so: all below the folder, or the one file that the corpus is.
+
+        Raises CorpusError where the name of one is not UTF-8, since nothing could name what is in it.
+        """
+        named = [("", {self.name: self.storage.size(self.name)})] if self.name else self.storage.walk()
+        found = {
+            posixpath.join(folder, name): size
+            for folder, sizes in named
+            for name, size in sizes.items()
+            if name.endswith(suffixes)
+        }
+        unnamed = next((path for path in found if not is_text(path)), None)
+        if unnamed:
+            raise CorpusError(f"'{self.storage.url}': the name of the file {unnamed!r} is not UTF-8; rename it")
+        return found
 
     def recording(self, path: str) -> bytes:
         """A whole file. Raises AudioError where the file is to blame; an OSError is the storage's, and worth another try."""

@@ -210,10 +210,8 @@ class ParquetSource(Placed):
 
     def groups(self) -> list[Group]:
         groups = []
-        for folder, files in self.storage.walk():
-            for name, size in files.items():
-                if name.endswith(".parquet") and self.name in ("", name):
-                    groups += self._row_groups(posixpath.join(folder, name), size)
+        for path, size in self.files((".parquet",)).items():
+            groups += self._row_groups(path, size)
         if not groups:
             raise CorpusError(f"'{self.storage.url}' holds no .parquet file that has rows")
         return groups

@@ -22,6 +22,7 @@ from hubert_ray.data.shards import RawUtterance, Rejected
 from hubert_ray.errors import CorpusError
 
 BUFFER = 2**20  # bytes of one read
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
@@ -34,22 +35,19 @@ class WebDatasetSource(Placed):
         super().__init__(corpus, "a folder of .tar files, or one")
 
     def groups(self) -> list[Group]:
-        sizes = {posixpath.join(folder, name): n for folder, names in self.storage.walk() for name, n in names.items()}
-        if self.name:
-            sizes = {self.name: sizes[self.name]}
-        packed = [name for name in sizes if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))]
+        sizes = self.files((".tar", *PACKED))
+        packed = [name for name in sizes if name.endswith(PACKED)]
         if packed:
             raise CorpusError(
                 f"'{packed[0]}' is compressed: a recording in it is no byte range. Unpack the tars themselves (gunzip, unzstd …); "
                 "what is in them is compressed audio, which packs no smaller"
             )
-        tars = {name: size for name, size in sizes.items() if name.endswith(".tar")}
-        if not tars:
+        if not sizes:
             raise CorpusError(f"'{self.storage.url}' holds no .tar files")
         # Who speaks is in the tars: one that may hold moved speakers is read once for each split, and some of those come out empty.
         return [
             Group(name, split, size)
-            for name, size in tars.items()
+            for name, size in sizes.items()
             for split in sorted({self.split(name, ""), *self.moved.values()})
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import posixpath
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _metadata(metadata: bytes, folder: str) -> tuple[str, list[tuple[float, floa
 
 
 class AudioFolderSource(Placed):
-    """Any tree of audio files. A group is a folder's recordings, or some of them where there are many."""
+    """Any tree of audio files. A group is a folder's recordings, or a stretch of them by name where there are many."""
 
     FILES_A_GROUP = 500
 
@@ -105,16 +106,20 @@ class AudioFolderSource(Placed):
         super().__init__(corpus, "the folder that holds the recordings")
         self.shard_bytes = corpus.shard_mib * 2**20
         self._alignments = Alignments(corpus.alignments)
+        self._folder: str | None = None  # that was read last, since its groups come one after the other
+        self._there: dict[str, int] = {}
+        self._found: list[str] = []
 
     def groups(self) -> list[Group]:
         groups, speakers = [], set()
         for folder, files in self.storage.walk():
             subset, speaker = _place(folder)
             found = _recordings_and_lone_texts(list(files))
-            for number, start in enumerate(range(0, len(found), self.FILES_A_GROUP)):
-                chosen = tuple(found[start : start + self.FILES_A_GROUP])
+            for number in range(-(-len(found) // self.FILES_A_GROUP)):
+                chosen = self._stretch(found, number)
                 size = sum(files[name] for name in chosen)
-                groups.append(Group(f"{folder}#{number:05d}", self.split(subset, speaker), size, chosen))
+                name = f"{folder}#{number:05d}"
+                groups.append(Group(name, self.split(subset, speaker), size, _digest(chosen)))
                 speakers.add(speaker)
         if not groups:
             raise CorpusError(f"'{self.storage.url}' holds no {', '.join(SUFFIXES)} files")
@@ -122,10 +127,18 @@ class AudioFolderSource(Placed):
         return groups
 
     def read(self, group: Group) -> Iterator[RawUtterance | Rejected]:
-        folder = group.name.rpartition("#")[0]
+        folder, _, number = group.name.rpartition("#")
         _, speaker = _place(folder)
-        there, _ = self.storage.scan(folder)
-        for name in group.files:
+        if folder != self._folder:
+            self._there, _ = self.storage.scan(folder)
+            self._folder, self._found = folder, _recordings_and_lone_texts(list(self._there))
+        names = self._stretch(self._found, int(number))
+        if _digest(names) != group.digest:
+            raise CorpusError(
+                f"'{self.storage.full(folder)}' has other files than when the corpus was begun; put those back, or remove the "
+                "corpus and run prepare_data again"
+            )
+        for name in names:
             utterance_id, suffix = posixpath.splitext(posixpath.join(folder, name))
             if suffix == ".txt":
                 yield Rejected(utterance_id, "no_audio", f"there is '{name}' but no recording of that name")
@@ -136,7 +149,7 @@ class AudioFolderSource(Placed):
                 yield Rejected(utterance_id if is_text(name) else repr(name), error.reason, error.detail)
                 continue
             text = None
-            if f"{posixpath.splitext(name)[0]}.txt" in there:
+            if f"{posixpath.splitext(name)[0]}.txt" in self._there:
                 try:
                     text = one_line(self.text(f"{utterance_id}.txt"))
                 except AudioError as error:
@@ -145,6 +158,15 @@ class AudioFolderSource(Placed):
             if bad:
                 yield bad
             yield RawUtterance(utterance_id, speaker, group.split, suffix[1:].lower(), audio, text, phones)
+
+    def _stretch(self, found: list[str], number: int) -> list[str]:
+        """What a group holds of a folder."""
+        return found[number * self.FILES_A_GROUP : (number + 1) * self.FILES_A_GROUP]
+
+
+def _digest(names: list[str]) -> str:
+    """Of names that may not be UTF-8."""
+    return hashlib.sha256("/".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _recordings_and_lone_texts(names: list[str]) -> list[str]:
