@@ -65,18 +65,17 @@ def test_a_lax_part_of_a_mix_frees_no_other(tmp_path):
 def test_one_transcript_that_can_be_spelled_is_enough_of_a_split(tmp_path, monkeypatch):
     for seed in range(6):
         recording(tmp_path / f"audio/train/s/{seed}", seed, text="42" if seed == 0 else "two words")
+    for seed in range(9, 12):
+        recording(tmp_path / f"audio/train/s{seed}/a", seed, text="not looked at: another shard")
     recording(tmp_path / "audio/test/s/a", 7, text="42")
     recording(tmp_path / "audio/dev/s/a", 8)
     looked, normalise = [], letters.normalise
     monkeypatch.setattr(letters, "normalise", lambda text: looked.append(text) or normalise(text))
-    corpus = AudioFolder(name="c", path=str(tmp_path / "audio"), shard_mib=0)
-    many = tmp_path / "audio/train"
-    for place in range(3):  # further groups, hence further shards
-        recording(many / f"s{place}/a", 9 + place, text="more")
+    corpus = AudioFolder(name="c", path=str(tmp_path / "audio"), shard_mib=0)  # a shard for each folder
     facts, ids = prepared(Storage(str(tmp_path / "storage")), corpus)
     assert len(ids) == 11
     assert facts["transcribed"] == {"train": True, "dev": False, "test": False}
-    assert looked == [*["42"], *["two words"] * 5, "42"]
+    assert looked == ["42", *["two words"] * 5, "42"]
 
 
 def test_lost_is_what_the_corpus_has_not(tmp_path):
