@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,8 @@ MUCH_QUARANTINE = 0.05  # of the recordings
 MUCH_UPSAMPLED = 0.01  # of the utterances
 DOMINANT = 0.3  # share of the frames that one cluster may have
 DEAD = 0.1  # share of the clusters that may never occur
-MUCH_READING = 20_000  # recordings, about 2 GB
+MUCH_READING = 2 * 10**9  # bytes of recordings
+READS_AT_ONCE = 32
 EXAMPLES = 3  # named in a message
 
 
@@ -63,23 +65,32 @@ def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
         f"{low} of {len(index)} utterances are stored below {SAMPLE_RATE} Hz",
         "clusters that tell telephone speech from wideband speech, not phones from each other",
     )
-    bad, total = facts["quarantined"], facts["quarantined"] + facts["utterances"]
+    bad = facts["lost"]
+    total = bad + sum(
+        int(index.begin_recordings(np.arange(rows.start, rows.stop)).sum()) for _, rows in index.by_shard()
+    )
     yield Finding(
         "corpus.quarantine",
         "warning" if bad > MUCH_QUARANTINE * total else "ok",
-        f"{bad} of {total} recordings were set aside" + (f", see {layout.QUARANTINE}" if bad else ""),
+        f"{bad} of {total} recordings were lost" + (f", see {layout.QUARANTINE}" if facts["quarantined"] else ""),
         "training on a part of the corpus without knowing it",
     )
 
 
 def _shards(storage: Storage, path: str, index: Index, again: str) -> Finding:
-    broken, reader = [], AudioReader(storage, path)
-    for shard, rows in index.by_shard():
+    reader = AudioReader(storage, path)
+
+    def is_broken(rows: slice) -> bool:
         end = int((index.numbers("offset")[rows] + index.numbers("size")[rows]).max())
         try:
-            reader.read(shard.name, end - 1, 1)
+            reader.read(index.shard_of(rows.start), end - 1, 1)
         except HubertRayError:
-            broken.append(shard.name)
+            return True
+        return False
+
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = pool.map(is_broken, (rows for _, rows in index.by_shard()))
+        broken = [shard.name for shard, wrong in zip(index.shards, found, strict=True) if wrong]
     return Finding(
         "corpus.shards",
         "failed" if broken else "ok",
@@ -98,13 +109,20 @@ def _speakers(shared: tuple[str, ...]) -> Finding:
 
 
 def _duplicates(storage: Storage, path: str, index: Index) -> Finding:
-    """Recordings with the same bytes; only those of equal size and length are read, and of them not more than a fair number."""
+    """Recordings with the same bytes; only those of equal size and length (of their first piece) are read, and not too many."""
     sizes_N, samples_N = index.numbers("size"), index.numbers("samples")
-    candidates = repeated(lambda rows: sizes_N[rows].astype(np.int64) << 31 ^ samples_N[rows], len(index))
-    candidates = candidates[index.begin_recordings(candidates)]  # pieces of one share its bytes
+
+    def keys_of(rows: slice) -> np.ndarray:
+        """Of the rows that begin a recording; the others, which share its bytes, have negative ones that never repeat."""
+        rows_M = np.arange(rows.start, rows.stop)
+        keys_M = sizes_N[rows].astype(np.int64) << 31 ^ samples_N[rows]
+        return np.where(index.begin_recordings(rows_M), keys_M, ~rows_M)
+
+    candidates = repeated(keys_of, len(index))
+    compared = candidates[np.cumsum(sizes_N[candidates], dtype=np.int64) <= MUCH_READING]
     reader = AudioReader(storage, path)
     groups: dict[bytes, list[int]] = defaultdict(list)
-    for row in candidates[:MUCH_READING].tolist():
+    for row in compared.tolist():
         try:
             audio = reader.read(index.shard_of(row), int(index.numbers("offset")[row]), int(sizes_N[row]))
         except HubertRayError:  # a shard that was cut short has a finding of its own
@@ -115,7 +133,7 @@ def _duplicates(storage: Storage, path: str, index: Index) -> Finding:
     return Finding(
         "corpus.duplicates",
         "warning" if same else "ok",
-        f"{len(same)} recordings occur more than once{_such_as(named)}" + _unread(len(candidates) - MUCH_READING),
+        f"{len(same)} recordings occur more than once{_such_as(named)}" + _unread(len(candidates) - len(compared)),
         "test speech in train, and speech that counts twice",
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import IO
 
@@ -30,13 +30,14 @@ _RECORD = np.dtype([("high", ">u8"), ("low", ">u8"), ("place", "<u8")])
 _SCHEMA = pa.schema([("shard", pa.string()), *schemas.QUARANTINE])
 
 
-def set_repeats_aside(storage: Storage, path: str, shards: list[str], contents: bool) -> None:
+def set_repeats_aside(storage: Storage, path: str, shards: Mapping[str, bool]) -> None:
     """Takes out of a corpus's parts what a shard before has, and says so in `repeats.parquet`, whose rows are those of the
-    quarantine table and a shard. Broken off and done again, it goes on. `contents`: not only ids but also samples."""
+    quarantine table and a shard. Broken off and done again, it goes on. `shards`, in their order: whether a shard gives up
+    not only repeated ids but also repeated samples, of whichever shard before."""
     file = f"{path}/{layout.REPEATS}"
     if not storage.exists(file):
         with storage.create(file) as stream, pq.ParquetWriter(stream, _SCHEMA, compression="zstd") as writer:
-            for table in _found(storage, path, shards, contents):
+            for table in _found(storage, path, shards):
                 writer.write_table(table)
     for group in _row_groups(storage, file):
         part = f"{path}/{layout.manifest_part(group['shard'][0].as_py())}"
@@ -53,8 +54,9 @@ def _row_groups(storage: Storage, file: str) -> Iterator[pa.Table]:
             yield table.read_row_group(number)
 
 
-def _found(storage: Storage, path: str, shards: list[str], contents: bool) -> Iterator[pa.Table]:
+def _found(storage: Storage, path: str, rejects: Mapping[str, bool]) -> Iterator[pa.Table]:
     """What is to leave each shard. Ids first: what goes for its id is no earlier copy of anything."""
+    shards = list(rejects)
 
     @lru_cache(maxsize=16)
     def ids_of(number: int) -> pa.ChunkedArray:
@@ -68,13 +70,15 @@ def _found(storage: Storage, path: str, shards: list[str], contents: bool) -> It
             place_N = np.uint64(number << 32) | np.arange(part.num_rows, dtype=np.uint64)
             names = (name.encode() for name in part["utterance_id"].to_pylist())
             ids.add(b"".join(hashlib.blake2b(name, digest_size=KEY_BYTES).digest() for name in names), place_N)
-            if contents:
+            if any(rejects.values()):
                 samples.add(b"".join(part["digest"].to_pylist()), place_N)
         by_id = ids.repeats(np.empty(0, np.uint64))
-        by_samples = samples.repeats(by_id[0])
+        later_R, first_R = samples.repeats(by_id[0])
+    strict_R = np.array([*rejects.values()], dtype=bool)[later_R >> np.uint64(32)]
+    by_samples = later_R[strict_R], first_R[strict_R]
     later_R, first_R = (np.concatenate(pair) for pair in zip(by_id, by_samples, strict=True))
     shard_R = later_R >> np.uint64(32)
-    order_R = np.argsort(shard_R, kind="stable")
+    order_R = np.lexsort([first_R, shard_R])  # one earlier part after another: each is read once for a shard
     for rows_R in np.split(order_R, np.flatnonzero(np.diff(shard_R[order_R])) + 1) if len(order_R) else ():
         number = int(shard_R[rows_R[0]])
         rows = []

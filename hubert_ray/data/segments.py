@@ -9,7 +9,8 @@ decodes alone (`audio.decode_range`, `shards.AudioReader`). Three steps:
    pauses and is too long is cut from its start on, at the longest pause within reach; pauses in the second half of the reach go
    first, so pieces are not needlessly short. Speech is cut only where no pause is in reach, that is within a region that is
    itself longer than `max_seconds`: at the quietest 20 ms of the second half of the reach.
-3. Ranges shorter than `min_seconds` are left out and counted, a row of the quarantine table per recording.
+3. Ranges shorter than `min_seconds`, that of the pieces or that of the corpus's checks, are left out and counted, a row of the
+   quarantine table per recording.
 
 All of it is in samples at 16 kHz on a grid that falls on stored samples (every one at 16 or 8 kHz, every 10 ms at 44.1 kHz), so
 a range has a whole number of samples at either rate and its length is known without decoding it. A transcript cannot be cut,
@@ -100,7 +101,8 @@ class Cutter:
         speech_R2 = tidy(heard_R2, total, grid)
         ranges_P2 = plan_ranges(speech_R2, levels_H, grid, self._settings)
         lengths_P = ranges_P2[:, 1] - ranges_P2[:, 0]
-        enough_P = lengths_P >= max(self._settings.min_seconds * SAMPLE_RATE, RECEPTIVE_FIELD)
+        least = max(self._settings.min_seconds, self._checks.min_seconds)
+        enough_P = lengths_P >= max(least * SAMPLE_RATE, RECEPTIVE_FIELD)
         spoken_P = np.diff(_speech_before(ranges_P2, speech_R2), axis=1)[:, 0]
         pieces = [
             Piece(
@@ -108,7 +110,7 @@ class Cutter:
             )
             for (start, end), spoken in zip(ranges_P2[enough_P].tolist(), spoken_P[enough_P].tolist(), strict=True)
         ]
-        few = f"{int((~enough_P).sum())} pieces below {self._settings.min_seconds:g} s"
+        few = f"{int((~enough_P).sum())} pieces below {least:g} s"
         lost = f"{few}, {lengths_P[~enough_P].sum() / SAMPLE_RATE:.1f} s in all, were left out"
         if not pieces:
             raise AudioError(

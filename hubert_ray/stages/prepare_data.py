@@ -29,6 +29,9 @@ from hubert_ray.stages.context import Work
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 
+# Reasons for a row of the quarantine table whose speech the corpus has all the same.
+_SPARED = pa.array(["short_pieces", "bad_alignment", "bad_transcript", "bad_metadata", "duplicate_content"])
+
 
 @dataclass(frozen=True)
 class _ShardWriter:
@@ -65,13 +68,13 @@ def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
         print(f"prepare_data  {row['shard']}  {row['utterances']} utterances", flush=True)
     # Test before dev and dev before train: what is measured on stays whole, and train does not hold it.
     ranked = sorted(plan, key=lambda shard: -SPLITS.index(plan[shard].split))
-    set_repeats_aside(storage, path, ranked, all(part.checks.reject_duplicates for part in parts_of(corpus)))
-    quarantined = _merge_quarantine(storage, path, [*map(_quarantine_part, plan), layout.REPEATS])
-    transcribed, absent = dict.fromkeys(SPLITS, 0), _moved_speakers(corpus)
+    set_repeats_aside(storage, path, {shard: part_of(corpus, plan[shard]).checks.reject_duplicates for shard in ranked})
+    quarantined, lost = _merge_quarantine(storage, path, [*map(_quarantine_part, plan), layout.REPEATS])
+    transcribed, absent = dict.fromkeys(SPLITS, False), _moved_speakers(corpus)
 
     def look(shard: Shard, part: pa.Table) -> None:
-        """Counts the transcripts that the alphabet can spell, and crosses off the speakers who are there."""
-        transcribed[shard.split] += len(spellable(Manifest(part))[0])
+        """Looks for one transcript of each split that the alphabet can spell, and crosses off the speakers who are there."""
+        transcribed[shard.split] = transcribed[shard.split] or len(spellable(Manifest(part))[0]) > 0
         absent.difference_update(pc.unique(part["speaker"]).to_pylist())
 
     index = write_index(storage, path, ((name, shard.split, shard.part) for name, shard in plan.items()), look)
@@ -85,6 +88,7 @@ def prepare_data(work: Work, corpus: Corpus) -> dict[str, Any]:
     return {
         "utterances": len(index),
         "quarantined": quarantined,
+        "lost": lost,
         "shards": len(plan),
         "transcribed": transcribed,
         "sources": {part.name: getattr(part, "path", None) for part in parts_of(corpus)},
@@ -133,13 +137,17 @@ def _check_unchanged(work: Work, plan: dict[str, PlannedShard]) -> None:
     work.storage.write(file, listed.encode())
 
 
-def _merge_quarantine(storage: Storage, path: str, parts: list[str]) -> int:
-    """Concatenates the quarantine parts to one table, a row group each; memory holds one part. Returns the rows."""
-    rows = 0
+def _merge_quarantine(storage: Storage, path: str, parts: list[str]) -> tuple[int, int]:
+    """Concatenates the quarantine parts to one table, a row group each; memory holds one part.
+
+    Returns how many rows it has, and how many of them tell of a recording whose speech the corpus has not.
+    """
+    rows = lost = 0
     with storage.create(f"{path}/{layout.QUARANTINE}") as stream:
         with pq.ParquetWriter(stream, schemas.QUARANTINE, compression="zstd") as writer:
             for part in parts:
                 table = schemas.decode(storage.read(f"{path}/{part}"), schemas.QUARANTINE.names)
                 writer.write_table(table)
                 rows += table.num_rows
-    return rows
+                lost += table.num_rows - pc.sum(pc.is_in(table["reason"], _SPARED), min_count=0).as_py()
+    return rows, lost

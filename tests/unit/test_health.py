@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from hubert_ray import health
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import Checks, Kmeans, Pretrain
+from hubert_ray.config.recipe import Checks, Kmeans, Pretrain, Segments
 from hubert_ray.config.sizes import BASE, LARGE, TINY, XLARGE
 from hubert_ray.data.frames import mfcc_frames_of
 from hubert_ray.data.shards import RawUtterance, write_shard
@@ -50,7 +51,7 @@ class Run:
             )
             for number in range(UTTERANCES)
         ]
-        self.quarantined = 0
+        self.lost = 0
         self.corpus, self.labels, self.codebook = (
             Artifact(self.storage, path, identity_of(path, {}, {}))
             for path in ("corpora/small", "runs/r/iter1/assign_labels", "runs/r/iter1/learn_kmeans")
@@ -73,7 +74,7 @@ class Run:
             for split in ("train", "dev")
         }
         write_corpus(self.storage, self.corpus.path, tables)
-        self.corpus.seal({"utterances": UTTERANCES, "quarantined": self.quarantined})
+        self.corpus.seal({"quarantined": self.lost, "lost": self.lost})
         rng = np.random.default_rng(0)
         self.rows = [
             {
@@ -163,10 +164,63 @@ def test_telephone_speech(run):
 
 
 def test_many_recordings_set_aside(run):
-    run.corpus.seal({"utterances": UTTERANCES, "quarantined": 3})
+    run.corpus.seal({"quarantined": 4, "lost": 3})
     findings = run.findings()
     assert not_ok(findings) == {"corpus.quarantine": "warning"}
     assert "3 of 33" in findings["corpus.quarantine"].found
+
+
+def talk(name: str, seed: int) -> RawUtterance:
+    """A recording of three pieces, all of one length."""
+    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, 15 * 16_000)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise, 16_000, format="FLAC", subtype="PCM_16")
+    return RawUtterance(name, "s", "train", "flac", buffer.getvalue(), speech=[(0, 3), (6, 9), (12, 15)])
+
+
+def findings_of_talks(storage: Storage, talks: list[RawUtterance], lost: int = 0) -> dict[str, health.Finding]:
+    corpus = Artifact(storage, "corpora/talks", identity_of("talks", {}, {}))
+    lax, segments = Checks(reject_duplicates=False), Segments(max_seconds=10)
+    tables = write_shard(storage, corpus.path, "train-00000", talks, checks=lax, segments=segments)
+    assert tables.manifest.num_rows == 3 * len(talks)
+    write_corpus(storage, corpus.path, {"train-00000": tables.manifest})
+    corpus.seal({"quarantined": lost, "lost": lost})
+    return {finding.check: finding for finding in health.corpus_findings(corpus, read_audio=True)}
+
+
+def test_recordings_are_counted_and_not_their_pieces(tmp_path):
+    findings = findings_of_talks(Storage(str(tmp_path)), [talk("a", 0), talk("b", 1)], lost=1)
+    assert findings["corpus.quarantine"].status == "warning"
+    assert "1 of 3 recordings" in findings["corpus.quarantine"].found
+
+
+def test_pieces_of_one_recording_are_no_reason_to_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "MUCH_READING", 0)
+    found = findings_of_talks(Storage(str(tmp_path)), [talk("a", 0), talk("b", 1)])["corpus.duplicates"].found
+    assert found == "0 recordings occur more than once"
+
+
+def test_long_recordings_that_occur_twice_are_read_as_far_as_bytes_allow(tmp_path, monkeypatch):
+    talks = [talk("a", 0), talk("b", 0), talk("c", 1), talk("d", 1)]
+    size = len(talks[0].audio)
+    monkeypatch.setattr(health, "MUCH_READING", 2 * size)
+    found = findings_of_talks(Storage(str(tmp_path)), talks)["corpus.duplicates"].found
+    assert found.startswith("1 recordings occur more than once: a-00000000-00003000 = b-00000000-00003000")
+    assert found.endswith("; 2 more of equal size and length were not compared")
+
+
+def test_shards_are_looked_at_side_by_side(run):
+    class Meeting(Storage):
+        both = threading.Barrier(2)
+
+        def open(self, path: str) -> pa.NativeFile:
+            if path.endswith(".tar"):
+                self.both.wait(timeout=5)
+            return super().open(path)
+
+    corpus = Artifact(Meeting(run.storage.url), run.corpus.path, run.corpus.identity)
+    findings = {finding.check: finding for finding in health.corpus_findings(corpus, read_audio=False)}
+    assert findings["corpus.shards"].status == "ok"
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.7])

@@ -66,8 +66,8 @@ def utterance(name: str, seed: int) -> RawUtterance:
     return RawUtterance(name, "s", "train", "flac", buffer.getvalue())
 
 
-def written(storage: Storage) -> Storage:
-    for shard, rows in SHARDS.items():
+def written(storage: Storage, shards: dict[str, list[tuple[str, int]]] = SHARDS) -> Storage:
+    for shard, rows in shards.items():
         tables = write_shard(storage, PATH, shard, [utterance(*row) for row in rows])
         assert tables.quarantine.num_rows == 0
         storage.write(f"{PATH}/{layout.manifest_part(shard)}", schemas.encode(tables.manifest))
@@ -87,23 +87,47 @@ KEPT = ["c", "a", "d", "e"]
 ASIDE = [
     ("x-1", "a", "duplicate_id", "the id of 'a' in shard x-0"),
     ("x-2", "b", "duplicate_content", "the samples of 'd' in shard x-1"),
-    ("x-3", "e", "duplicate_id", "the id of 'e' in shard x-2"),
     ("x-3", "f", "duplicate_content", "the samples of 'c' in shard x-0"),
+    ("x-3", "e", "duplicate_id", "the id of 'e' in shard x-2"),
 ]
 
 
 def test_what_a_shard_before_has_goes(tmp_path):
     storage = written(Storage(str(tmp_path)))
     for _ in range(2):  # done again, nothing more goes
-        set_repeats_aside(storage, PATH, list(SHARDS), contents=True)
+        set_repeats_aside(storage, PATH, dict.fromkeys(SHARDS, True))
         assert (kept(storage), aside(storage)) == (KEPT, ASIDE)
 
 
 def test_samples_may_repeat_but_ids_may_not(tmp_path):
     storage = written(Storage(str(tmp_path)))
-    set_repeats_aside(storage, PATH, list(SHARDS), contents=False)
+    set_repeats_aside(storage, PATH, dict.fromkeys(SHARDS, False))
     assert kept(storage) == ["c", "a", "d", "e", "b", "f"]
     assert aside(storage) == [row for row in ASIDE if row[2] == "duplicate_id"]
+
+
+def test_shards_that_may_repeat_samples_free_no_other(tmp_path):
+    storage = written(Storage(str(tmp_path)))
+    set_repeats_aside(storage, PATH, dict.fromkeys(SHARDS, True) | {"x-0": False, "x-2": False})
+    assert kept(storage) == ["c", "a", "d", "e", "b"]
+    assert aside(storage) == [row for row in ASIDE if row[1] != "b"]
+
+
+def test_earlier_parts_are_read_once_for_a_later_one(tmp_path):
+    class Counting(Storage):
+        reads = 0
+
+        def read(self, path: str) -> bytes:
+            self.reads += layout.MANIFEST in path
+            return super().read(path)
+
+    earlier = {f"y-{number:02}": [(f"{number}-0", 2 * number), (f"{number}-1", 2 * number + 1)] for number in range(20)}
+    in_turns = [(f"again-{seed}", seed) for seed in (*range(0, 40, 2), *range(1, 40, 2))]
+    shards = earlier | {"y-20": in_turns}
+    storage = Counting(str(tmp_path))
+    set_repeats_aside(written(storage, shards), PATH, dict.fromkeys(shards, True))
+    assert len(aside(storage)) == 40
+    assert storage.reads == 21 + 21 + 1  # for keys, for names, and of the part that is written anew
 
 
 @pytest.mark.parametrize("survives", [0, 1])
@@ -119,7 +143,7 @@ def test_what_was_broken_off_goes_on(tmp_path, survives):
 
     storage = written(Storage(str(tmp_path)))
     with pytest.raises(OSError, match="gone"):
-        set_repeats_aside(Breaking(str(tmp_path)), PATH, list(SHARDS), contents=True)
+        set_repeats_aside(Breaking(str(tmp_path)), PATH, dict.fromkeys(SHARDS, True))
     assert len(kept(storage)) == 8 - survives
-    set_repeats_aside(storage, PATH, list(SHARDS), contents=True)
+    set_repeats_aside(storage, PATH, dict.fromkeys(SHARDS, True))
     assert (kept(storage), aside(storage)) == (KEPT, ASIDE)

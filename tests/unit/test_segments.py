@@ -284,6 +284,13 @@ def test_what_is_too_short_is_counted_in_the_quarantine(storage):
     assert told["detail"] == "2 pieces below 0.5 s, 0.6 s in all, were left out"
 
 
+def test_pieces_are_no_shorter_than_the_corpus_allows(storage):
+    raw = recording(noise(14), [(1, 4), (7, 12)])
+    tables = write_shard(storage, CORPUS, "train-00000", [raw], checks=Checks(min_seconds=4), segments=TEN)
+    assert tables.manifest["utterance_id"].to_pylist() == ["talk-00007000-00012000"]
+    assert tables.quarantine["detail"].to_pylist() == ["1 pieces below 4 s, 3.0 s in all, were left out"]
+
+
 @pytest.mark.parametrize(
     ("wave", "speech", "reason"),
     [
