@@ -19,11 +19,10 @@ import torch
 from hubert_ray.asr import ngram, wer
 from hubert_ray.asr.decoder import BeamDecoder, greedy
 from hubert_ray.asr.ngram import NgramLM
-from hubert_ray.asr.transcripts import read_transcribed, spellable
+from hubert_ray.asr.transcripts import spellable, spelled_texts, transcribed_shards
 from hubert_ray.asr.wer import ErrorRate
 from hubert_ray.config.recipe import Decode
 from hubert_ray.data.collate import UtteranceReader
-from hubert_ray.data.corpora.source import SPLITS
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.stages.context import ModelAt, Work, model_at
@@ -114,13 +113,12 @@ class _Tester(_Recogniser):
 def decode(work: Work, settings: Decode) -> dict[str, Any]:
     """Writes `lm.arpa`, a hypotheses part per test shard, and `scores.json`."""
     corpus = work.inputs["corpus"].path
-    train, dev, test = (spellable(read_transcribed(work.storage, corpus, split)) for split in SPLITS)
-    lm = ngram.estimate(train[1], settings.ngram_order)
+    lm = ngram.estimate(spelled_texts(work.storage, corpus, "train"), settings.ngram_order)
     work.storage.write(work.output.file(LM_FILE), "".join(lm.arpa_lines()).encode())
     systems = {name: model_at(artifact) for name, artifact in work.inputs.items() if name != "corpus"}
     shared = (work.storage, corpus, work.output.file(LM_FILE), systems, settings)
-    weights = _tune(work, dev[0].shards(), shared, settings)
-    shards = test[0].shards()
+    dev, shards = (transcribed_shards(work.storage, corpus, split) for split in ("dev", "test"))
+    weights = _tune(work, dev, shared, settings)
     missing = [s for s in shards if not work.storage.exists(work.output.file(layout.part(s)))]
     for row in shard_map(partial(_Tester, *shared, weights=weights, folder=work.output.path), missing, work.cluster):
         print(f"{work.name}  {row['shard']}  {row['utterances']} utterances", flush=True)
@@ -129,7 +127,7 @@ def decode(work: Work, settings: Decode) -> dict[str, Any]:
         "lm_weight": {name: pair[0] for name, pair in weights.items()},
         "word_score": {name: pair[1] for name, pair in weights.items()},
         "ngram_order": settings.ngram_order,
-        "lm_perplexity_dev": lm.perplexity(dev[1]),
+        "lm_perplexity_dev": lm.perplexity(spelled_texts(work.storage, corpus, "dev")),
     }
     work.output.write_json(SCORES, scores)
     for name in systems:

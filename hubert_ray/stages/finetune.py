@@ -86,7 +86,7 @@ class CtcTask:
     ):  # fmt: skip
         self.title = title
         self._settings, self._choice = settings, choice
-        train = labelled_subset(read_transcribed(model.storage, corpus, "train"), settings)
+        train = labelled_subset(model.storage, corpus, settings)
         dev, self._references = spellable(read_transcribed(model.storage, corpus, "dev"))
         texts = spellable(train)[1]
         self._targets = [torch.tensor(letters.encode(text)) for text in texts]

@@ -12,9 +12,9 @@ audio or else on train audio. `measure_layers` (a stage), `layers` and `stabilit
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, groupby
 from typing import Any, TypeVar
 
@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 
 from hubert_ray.config.recipe import Kmeans, Layer, Mfcc
 from hubert_ray.data.collate import UtteranceReader
+from hubert_ray.data.draw import draw
 from hubert_ray.data.frames import SAMPLE_RATE, frames_of, mfcc_frames_of
-from hubert_ray.data.index import Index
+from hubert_ray.data.index import Index, Shard
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import RecipeError
@@ -87,8 +88,14 @@ class Cell:
 
 
 def mfcc_features(settings: Mfcc) -> Features:
+    """MFCC, whose name tells what is not as usual: `MFCC splice=3 derivatives=[0]`."""
+    usual = Mfcc()
+    unlike = {
+        field: value for field, value in msgspec.structs.asdict(settings).items() if value != getattr(usual, field)
+    }
+    name = " ".join(["MFCC", *(f"{field}={msgspec.json.encode(value).decode()}" for field, value in unlike.items())])
     teacher = TeacherAt(settings, None)
-    return Features("MFCC", teacher, "", teacher.open().dim)
+    return Features(name, teacher, "", teacher.open().dim)
 
 
 def layer_features(work: Work, model: str, layer: int, untrained: bool = False) -> Features:
@@ -148,13 +155,14 @@ class _Measure:
 
     def __init__(self, storage: Storage, corpus: str, parts: Sequence[Sequence[tuple[Cell, str]]]):
         self._storage, self._parts = storage, parts
-        self._corpus, self._reader = corpus, AudioReader(storage, corpus)
+        self._reader = AudioReader(storage, corpus)
+        self._audio = lru_cache(1)(partial(audio, storage, corpus))  # the parts of a study have the same
 
     def __call__(self, part: str) -> dict[str, Any]:
         cells = sorted(self._parts[int(part)], key=_audio_of)
         features, pool_seconds = cells[0][0].features, cells[0][0].pool_seconds
         extract = features.teacher.open()
-        train, scored = audio(self._storage, self._corpus, pool_seconds)
+        train, scored = self._audio(pool_seconds)
         pool, heard = (_Pool(manifest, self._reader, extract) for manifest in (train, scored))
         phones = scored.table["phones"].to_pylist()
         for (seconds, seed), same_audio in groupby(cells, _audio_of):
@@ -170,16 +178,32 @@ def _audio_of(named: tuple[Cell, str]) -> tuple[float, int]:
 
 
 def audio(storage: Storage, corpus: str, seconds: float) -> tuple[Manifest, Manifest]:
-    """Utterances to fit on and utterances to score on, `seconds` of each, or all there are."""
-    whole = Manifest.read(storage, corpus, [shard.name for shard in Index.open(storage, corpus).shards])
-    aligned = whole.where(pc.is_valid(whole.table["phones"]))
-    choices = (aligned.split("dev"), aligned, whole.split("dev"), whole.split("train"))
-    scored = next(rows for rows in choices if len(rows))
-    train, heard = (
-        Manifest(rows.table.take(drawn(rows.numbers("samples"), seconds, POOL_SEED)))
-        for rows in (whole.split("train"), scored)
+    """Utterances to fit on and utterances to score on, `seconds` of each, or all there are; in the order of their shards."""
+    shards = Index.open(storage, corpus).shards
+    scorable: tuple[Callable[[Shard], bool], ...] = (
+        lambda shard: shard.aligned > 0 and shard.split == "dev",
+        lambda shard: shard.aligned > 0,
+        lambda shard: shard.split == "dev",
+        _in_train,
     )
-    return train, heard
+    scored = next(among for among in scorable if any(map(among, shards)))
+    keep = _aligned if any(scored(shard) and shard.aligned for shard in shards) else _all
+    train = draw(storage, corpus, _in_train, _all, seconds, POOL_SEED)
+    heard = draw(storage, corpus, scored, keep, seconds, POOL_SEED)
+    in_place = [(column, "ascending") for column in ("shard", "offset", "first")]
+    return Manifest(train.table.sort_by(in_place)), Manifest(heard.table.sort_by(in_place))
+
+
+def _in_train(shard: Shard) -> bool:
+    return shard.split == "train"
+
+
+def _all(rows: Manifest) -> Manifest:
+    return rows
+
+
+def _aligned(rows: Manifest) -> Manifest:
+    return rows.where(pc.is_valid(rows.table["phones"]))
 
 
 def _facts(cell: Cell, frames_ND: np.ndarray, heard: Iterable[np.ndarray], phones: list, frame_rate_hz: int) -> Facts:

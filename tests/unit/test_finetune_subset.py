@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from hubert_ray.asr import letters
+from hubert_ray.asr.transcripts import labelled_subset, read_transcribed, spellable, spelled_texts
 from hubert_ray.config.recipe import Finetune, Sweep
 from hubert_ray.data.shards import WHOLE, Manifest
-from hubert_ray.stages.finetune import Choice, draw_choices, labelled_subset, read_transcribed, spellable
+from hubert_ray.stages.finetune import Choice, draw_choices
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 from tests.corpora import write_corpus
@@ -21,62 +25,104 @@ def manifest_of(rows: list[dict]) -> Manifest:
     return Manifest(pa.Table.from_pylist(rows, schema=schemas.MANIFEST))
 
 
-def corpus(count: int = 200) -> Manifest:
+def stored(folder: Path, rows: list[dict], shards: int = 1) -> Storage:
+    """A corpus "c" of such train utterances, dealt to so many shards."""
+    usual = {"speaker": "s", "offset": 0, "size": 1, "sample_rate_hz": 16_000, "split": "train"} | WHOLE
+    names = [f"train-{number:05d}" for number in range(shards)]
+    parts = {
+        name: manifest_of([usual | {"shard": name} | row for row in rows[number::shards]])
+        for number, name in enumerate(names)
+    }
+    storage = Storage(str(folder))
+    write_corpus(storage, "c", {name: part.table for name, part in parts.items()})
+    return storage
+
+
+def corpus(count: int = 200) -> list[dict]:
     """Train utterances of 1 to 5 s; every fifth has no text, every seventh one that cannot be spelled."""
     rng = np.random.default_rng(1)
     rows = []
     for n in range(count):
         text = None if n % 5 == 0 else "ROOM 101" if n % 7 == 0 else "HELLO THERE"
-        samples = int(rng.integers(16_000, 80_000))
-        rows.append({"utterance_id": f"u{n:03d}", "split": "train", "samples": samples, "text": text})
-    return manifest_of(rows)
+        rows.append({"utterance_id": f"u{n:03d}", "samples": int(rng.integers(16_000, 80_000)), "text": text})
+    return rows
 
 
 def ids(manifest: Manifest) -> list[str]:
     return manifest.table["utterance_id"].to_pylist()
 
 
-def usable() -> list[int]:
-    return [n for n in range(200) if n % 5 and n % 7]
+def subset(storage: Storage, **settings) -> Manifest:
+    return labelled_subset(storage, "c", Finetune(**settings))
+
+
+def usable() -> list[str]:
+    return [f"u{n:03d}" for n in range(200) if n % 5 and n % 7]
 
 
 @pytest.mark.parametrize("seconds", [4.9, 30.0, 100.0])
-def test_subset_fills_the_seconds_and_no_more(seconds):
-    subset = labelled_subset(corpus(), Finetune(label_seconds=seconds))
-    held = subset.numbers("samples").sum() / 16_000
+def test_subset_fills_the_seconds_and_no_more(tmp_path, seconds):
+    found = subset(stored(tmp_path, corpus(), 3), label_seconds=seconds)
+    held = found.numbers("samples").sum() / 16_000
     assert seconds - 5 <= held <= seconds  # no utterance is longer than 5 s
-    assert set(ids(subset)) <= {f"u{n:03d}" for n in usable()}
-    assert ids(subset) == sorted(ids(subset))
+    assert set(ids(found)) <= set(usable())
+    assert len(set(ids(found))) == len(found)
 
 
-def test_subset_is_all_where_there_is_less_than_asked_for():
-    assert ids(labelled_subset(corpus(), Finetune(label_seconds=1e6))) == [f"u{n:03d}" for n in usable()]
+def test_subset_is_all_where_there_is_less_than_asked_for(tmp_path):
+    assert sorted(ids(subset(stored(tmp_path, corpus(), 3), label_seconds=1e6))) == usable()
 
 
-def test_subset_may_fill_the_seconds_exactly():
-    rows = [{"utterance_id": f"u{n}", "split": "train", "samples": 16_000, "text": "A"} for n in range(10)]
-    assert len(labelled_subset(manifest_of(rows), Finetune(label_seconds=3))) == 3
-    assert len(labelled_subset(manifest_of(rows), Finetune(label_seconds=0.5))) == 0
+def test_subset_may_fill_the_seconds_exactly(tmp_path):
+    storage = stored(tmp_path, [{"utterance_id": f"u{n}", "samples": 16_000, "text": "A"} for n in range(10)])
+    assert len(subset(storage, label_seconds=3)) == 3
+    assert len(subset(storage, label_seconds=0.5)) == 0
 
 
 @pytest.mark.parametrize("texts", [[], [None, None], ["ROOM 101"]])
-def test_nothing_spellable_is_an_empty_subset(texts):
-    rows = [{"utterance_id": f"u{n}", "split": "train", "samples": 500, "text": text} for n, text in enumerate(texts)]
-    assert len(labelled_subset(manifest_of(rows), Finetune())) == 0
+def test_nothing_spellable_is_an_empty_subset(tmp_path, texts):
+    rows = [{"utterance_id": f"u{n}", "samples": 500, "text": text} for n, text in enumerate(texts)]
+    assert len(subset(stored(tmp_path, rows))) == 0
     kept, spelled = spellable(manifest_of(rows))
     assert (len(kept), spelled) == (0, [])
 
 
-def test_subset_is_drawn_by_seed():
-    first, again, other = (ids(labelled_subset(corpus(), Finetune(label_seconds=60, seed=s))) for s in (0, 0, 1))
+def test_subset_is_drawn_by_seed(tmp_path):
+    storage = stored(tmp_path, corpus(), 3)
+    first, again, other = (ids(subset(storage, label_seconds=60, seed=s)) for s in (0, 0, 1))
     assert first == again
-    assert first != other
-    assert first != [f"u{n:03d}" for n in usable()][: len(first)]  # drawn, not the head of the corpus
+    assert set(first) != set(other)
+    assert sorted(first) != usable()[: len(first)]  # drawn, not the head of the corpus
 
 
-def test_a_larger_subset_holds_the_smaller():
-    small, large = (set(ids(labelled_subset(corpus(), Finetune(label_seconds=s)))) for s in (30, 90))
-    assert small < large
+def test_a_larger_subset_holds_the_smaller(tmp_path):
+    storage = stored(tmp_path, corpus(), 3)
+    small, large = (ids(subset(storage, label_seconds=s)) for s in (30, 90))
+    assert len(small) < len(large)
+    assert small == large[: len(small)]
+
+
+def test_only_the_parts_of_drawn_utterances_are_read(tmp_path, monkeypatch):
+    """Ten minutes of 60,000 hours are a few hundred utterances: neither the other parts nor other transcripts are looked at."""
+    rows = [{"utterance_id": f"u{n}", "samples": 16_000, "text": "A"} for n in range(400)]
+    storage = stored(tmp_path, rows, shards=100)
+    read, spelled = [], []
+    decoded, normalised = schemas.decode, letters.normalise
+    monkeypatch.setattr(schemas, "decode", lambda *part: read.append(1) or decoded(*part))
+    monkeypatch.setattr(letters, "normalise", lambda text: spelled.append(1) or normalised(text))
+    assert len(subset(storage, label_seconds=5)) == 5
+    assert len(read) <= len(spelled) == 5
+
+
+def test_texts_are_read_a_shard_at_a_time(tmp_path):
+    """A language model of 60,000 hours of transcripts must not hold them."""
+    storage = stored(tmp_path, corpus(20), shards=2)
+    texts = spelled_texts(storage, "c", "train")
+    assert next(texts) == "HELLO THERE"
+    storage.delete(f"c/{layout.manifest_part('train-00001')}")
+    with pytest.raises(FileNotFoundError):
+        list(texts)
+    assert list(spelled_texts(stored(tmp_path, corpus(20), 2), "c", "train")) == ["HELLO THERE"] * 14
 
 
 def test_spellable_drops_digits_and_keeps_texts_with_their_utterances():

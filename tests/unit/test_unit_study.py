@@ -15,7 +15,7 @@ import soundfile
 
 from hubert_ray.config.recipe import Kmeans, Mfcc
 from hubert_ray.data.audio import decode
-from hubert_ray.data.shards import AudioReader, Manifest, RawUtterance, write_shard
+from hubert_ray.data.shards import WHOLE, AudioReader, Manifest, RawUtterance, write_shard
 from hubert_ray.stages.charts import Axis, Series, draw_lines, svg_file
 from hubert_ray.stages.layers import choose
 from hubert_ray.stages.unit_study import (
@@ -29,6 +29,7 @@ from hubert_ray.stages.unit_study import (
     markdown_table,
     mfcc_features,
 )
+from hubert_ray.storage import schemas
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units import kmeans
 from hubert_ray.units.features import MfccExtractor
@@ -151,6 +152,38 @@ def test_units_are_scored_on_dev_where_it_can_be(tmp_path, splits, expected):
     train, scored = audio(storage, PATH, 1e9)
     assert (set(train.table["split"].to_pylist()), set(scored.table["split"].to_pylist())) == ({"train"}, expected)
     assert len(train) == 3
+
+
+def test_only_the_parts_of_drawn_utterances_are_read(tmp_path, monkeypatch):
+    """A study of an hour must not cost what the corpus does, in any of its workers."""
+    storage, usual = Storage(str(tmp_path)), {"speaker": "s", "offset": 0, "size": 1, "sample_rate_hz": 16_000} | WHOLE
+    said = {False: None, True: [{"start": 0, "end": 16_000, "phone": "A"}]}
+    tables = {}
+    for shard, aligned in [(f"{split}-{n:05d}", n % 2) for split in ("dev", "train") for n in range(100)]:
+        row = usual | {"split": shard[:-6], "shard": shard, "samples": 16_000, "phones": said[bool(aligned)]}
+        rows = [row | {"utterance_id": f"{shard}-{n}"} for n in range(4)]
+        rows[0]["phones"] = None
+        tables[shard] = pa.Table.from_pylist(rows, schema=schemas.MANIFEST)
+    write_corpus(storage, PATH, tables)
+    read, decoded = [], schemas.decode
+    monkeypatch.setattr(schemas, "decode", lambda *part: read.append(1) or decoded(*part))
+    train, scored = audio(storage, PATH, 10.0)
+    assert len(train) == len(scored) == 10
+    assert not scored.table["phones"].null_count
+    assert all(int(shard[-5:]) % 2 for shard in scored.shards())
+    assert len(read) <= 10 + 30
+    again = audio(storage, PATH, 10.0)
+    assert (again[0].table, again[1].table) == (train.table, scored.table)
+
+
+def test_features_of_other_settings_have_another_name():
+    settings = [Mfcc(), Mfcc(splice=3), Mfcc(derivatives=(0,)), Mfcc(splice=3, derivatives=(0,))]
+    assert [mfcc_features(s).name for s in settings] == [
+        "MFCC",
+        "MFCC splice=3",
+        "MFCC derivatives=[0]",
+        "MFCC splice=3 derivatives=[0]",
+    ]
 
 
 def test_without_phones_labels_alone_are_scored(tmp_path):
