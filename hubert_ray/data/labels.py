@@ -91,7 +91,7 @@ class LabelStore:
                 raise LabelError(f"the labels of shard {shard.name} are missing: run assign_labels again") from error
             self._check_rate(part, shard.name)
             ids = Manifest.read(storage, corpus_path, [shard.name], ["utterance_id"]).table["utterance_id"]
-            file.write(self._in_order(part, ids.combine_chunks(), self._counts(rows), shard.name))
+            file.write(self._in_order(part, ids.combine_chunks(), self._counts(rows), shard.name).data)
         file.flush()
 
     def _counts(self, rows: slice) -> np.ndarray:

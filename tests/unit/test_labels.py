@@ -245,7 +245,7 @@ def laid_out(node: Path) -> list[Path]:
 
 
 def test_the_stores_of_a_node_share_one_file(storage, index, node):
-    """The second reads no part, and not even a store in another process is left waiting for the first to end."""
+    """The second reads no part, and does not wait for the first to end."""
     write(storage, 50, parts_of("edcba", 50))
     first = shared(storage, index, "m")
     for shard in set(SHARDS.values()):
