@@ -80,6 +80,7 @@ def measure(storage: Storage, name: str, repeats: int) -> dict:
     def labelling() -> None:
         for shard in shards:
             label(shard)
+            storage.delete(f"labels/{name}/{layout.part(shard)}")  # what is there is not labelled again
 
     clocks: dict[str, list[tuple[float, float]]] = {"forward": [], "labelling": []}
     for _ in range(repeats):

@@ -20,7 +20,8 @@ import msgspec
 
 from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import Iteration, Layer, Mix, Recipe, Teacher, parts_of
+from hubert_ray.config.recipe import Iteration, Kmeans, Layer, Mix, Recipe, Teacher, parts_of
+from hubert_ray.config.sizes import ModelSize
 from hubert_ray.errors import CorpusError, HubertRayError, RecipeError, StorageError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
@@ -107,10 +108,18 @@ def _teacher_input(recipe: Recipe, position: int, teacher: Layer) -> str:
             f"iteration '{recipe.iterations[position].name}' learns from '{teacher.of}', which is not an earlier iteration; "
             f"found {sorted(earlier) or 'none'}. For a model of another run write of = '<run>/<iteration>'"
         )
-    layers = earlier[teacher.of].model.layers
-    if not 0 <= teacher.layer <= layers:
-        raise RecipeError(f"teacher layer {teacher.layer} of '{teacher.of}': it has layers 0 (input) to {layers}")
+    _check_teacher(teacher, recipe.iterations[position].kmeans, earlier[teacher.of].model)
     return f"{teacher.of}/pretrain"
+
+
+def _check_teacher(teacher: Layer, kmeans: Kmeans, model: ModelSize) -> None:
+    if teacher.layer > model.layers:
+        raise RecipeError(f"teacher layer {teacher.layer} of '{teacher.of}': it has layers 0 (input) to {model.layers}")
+    if kmeans.product and model.dim % len(kmeans.classes):
+        raise RecipeError(
+            f"kmeans.product: {len(kmeans.classes)} streams cannot share out the {model.dim} features of '{teacher.of}' evenly; "
+            f"give kmeans.clusters a number of sizes that divides {model.dim}"
+        )
 
 
 def _recogniser_stages(recipe: Recipe) -> list[Stage]:
@@ -141,7 +150,7 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
         path = _path(recipe, stage)
         artifact = Artifact(storage, path, identity_of(stage.kind, _identity_settings(stage), fingerprints))
         if "teacher" in inputs and stage.kind == "learn_kmeans":
-            _check_teacher(stage.settings["teacher"], inputs["teacher"])
+            _check_other_teacher(stage.settings["teacher"], stage.settings["kmeans"], inputs["teacher"])
         artifacts[stage.name] = artifact
         planned.append(Planned(stage, artifact, inputs, artifact.seal_or_none()))
     return planned
@@ -168,6 +177,9 @@ def _identity_settings(stage: Stage) -> dict[str, Any]:
             part |= {name: "" for name in ("path", "language") if name in part}
             if part.get("alignments"):
                 part["alignments"] = "given"
+    if settings.get("languages") == {}:  # the corpus is no mix: there is nothing to balance
+        for name in ("language_alpha", "dataset_alpha"):
+            del settings["settings"][name]
     return settings
 
 
@@ -180,12 +192,10 @@ def _elsewhere(storage: Storage, name: str) -> Artifact:
     return Artifact(storage, path, msgspec.json.decode(storage.read(seal_file), type=Seal).identity)
 
 
-def _check_teacher(teacher: Layer, model: Artifact) -> None:
-    """A layer that a model of another run, or an imported one, does not have is found before anything runs."""
+def _check_other_teacher(teacher: Layer, kmeans: Kmeans, model: Artifact) -> None:
+    """What a model of another run, or an imported one, cannot give is found before anything runs."""
     if "/" in teacher.of and model.storage.exists(model.file(layout.SEAL)):
-        layers = model.read_json(layout.MODEL_CONFIG)["size"]["layers"]
-        if teacher.layer > layers:
-            raise RecipeError(f"teacher layer {teacher.layer} of '{teacher.of}': it has layers 0 (input) to {layers}")
+        _check_teacher(teacher, kmeans, msgspec.convert(model.read_json(layout.MODEL_CONFIG)["size"], ModelSize))
 
 
 def run(

@@ -29,6 +29,8 @@ from hubert_ray.config.recipe import EmbeddedCorpus, Finetune, Iteration, Mfcc, 
 from hubert_ray.config.sizes import SIZES
 from hubert_ray.errors import RecipeError
 
+# What else lies in a run's folder, and the role of the corpus beside the iterations that a study looks at.
+_NO_ITERATION = ("corpus", "decode", "extract_features", "finetune", "layers", "recipe.json", "report", "stability")
 Loaded = TypeVar("Loaded", Recipe, Cluster)
 
 
@@ -212,6 +214,8 @@ def _check(recipe: Recipe) -> Recipe:
             )
     if not recipe.iterations:
         raise RecipeError("a recipe needs at least one iteration")
+    for name in set(iterations) & set(_NO_ITERATION):
+        raise RecipeError(f"an iteration cannot be called '{name}', for a run keeps something else under that name")
     for what, names in (("iterations", iterations), ("the parts of a mix", parts)):
         if len(set(names)) < len(names):
             raise RecipeError(f"{what} must have different names; found {names}")

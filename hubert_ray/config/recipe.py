@@ -75,7 +75,7 @@ class EmbeddedCorpus(_Corpus, frozen=True, kw_only=True, tag="embedded", tag_fie
     test_speakers: Count = 4
     utterances_per_speaker: Count = 60  # a sentence each, about 3 s
     shard_mib: Count = 12  # a new audio shard is begun at this size
-    seed: int = 0
+    seed: Natural = 0
     checks: Checks = Checks()
 
 
@@ -229,7 +229,7 @@ class Kmeans(Settings, frozen=True, kw_only=True):
         1  # whole fits from other seeds, side by side over the same frames; the one of least inertia is kept
     )
     half_precision: bool = False  # hold the sampled frames as float16: half the memory; sums are float64 either way
-    seed: int = 0
+    seed: Natural = 0
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -271,7 +271,7 @@ class Pretrain(Settings, frozen=True, kw_only=True):
     feature_penalty: NotNegative = 10.0  # loss_weights
     checkpoint_steps: Count = 25_000  # save_interval_updates
     log_steps: Count = 200  # log_interval
-    seed: int = 1337  # seed
+    seed: Natural = 1337  # seed
 
 
 class Iteration(Settings, frozen=True, kw_only=True):
@@ -299,7 +299,7 @@ class Sweep(Settings, frozen=True, kw_only=True):
         0.75,
     )  # uniform range of mask_prob of the time masks, as in Mask.prob
     rungs: Count = 3  # dev evaluations per trial, evenly spaced; ASHA may stop the worse half at each
-    seed: int = 0
+    seed: Natural = 0
 
 
 class Finetune(Settings, frozen=True, kw_only=True):
@@ -327,7 +327,7 @@ class Finetune(Settings, frozen=True, kw_only=True):
     clip_norm: NotNegative = 0.0  # clip_norm; 0 = off
     sweep: Sweep = Sweep()
     scratch_sweep: Sweep | None = None  # the control from random weights, conv encoder trained too; None = no control
-    seed: int = 0
+    seed: Natural = 0
 
 
 class Decode(Settings, frozen=True, kw_only=True):

@@ -52,7 +52,7 @@ class Contents(msgspec.Struct, frozen=True):
     """`index/shards.json`."""
 
     shards: tuple[Shard, ...]
-    digest: str  # of the manifest parts: which speech this is
+    digest: str  # of what the manifest parts hold: which speech this is
     speakers: dict[str, int]  # how many, per split
     shared_speakers: tuple[str, ...]  # those of train who are in dev or test too, sorted
     low_rate: int  # utterances stored below 16 kHz
@@ -163,9 +163,10 @@ def write_index(
     with ExitStack() as stack:
         columns = {name: stack.enter_context(storage.create(f"{folder}/{_file(name)}")) for name in COLUMNS}
         for name, split, part in shards:
-            data = storage.read(f"{corpus_path}/{layout.manifest_part(name)}")
-            digest.update(data)
-            table = schemas.decode(data)
+            table = schemas.decode(storage.read(f"{corpus_path}/{layout.manifest_part(name)}"))
+            for column in schemas.MANIFEST.names:
+                for piece in _content(table[column].combine_chunks()):
+                    digest.update(piece)
             if not table.num_rows:
                 continue
             known = (table.num_rows - table[column].null_count for column in ("text", "phones"))
@@ -181,6 +182,26 @@ def write_index(
     contents = Contents(tuple(found), digest.hexdigest()[:16], counts, tuple(sorted(speakers.shared)), low_rate)
     storage.write(f"{corpus_path}/{layout.INDEX}", msgspec.json.encode(contents))
     return Index.open(storage, corpus_path)
+
+
+def _content(values: pa.Array) -> Iterator[bytes | pa.Buffer]:
+    """What an array holds, as bytes that another writer or reader of Parquet would give too: what lies under its nulls, and how
+    a file is laid out and compressed, are no part of it."""
+    yield len(values).to_bytes(8, "little")
+    yield np.packbits(pc.is_valid(values).to_numpy(zero_copy_only=False)).tobytes()
+    values = values.drop_null()
+    if pa.types.is_list(values.type):
+        yield from _content(pc.list_value_length(values))
+        yield from _content(pc.list_flatten(values))
+    elif pa.types.is_struct(values.type):
+        for field in values.type:
+            yield from _content(pc.struct_field(values, field.name))
+    elif pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        yield values.to_numpy().tobytes()
+    else:  # strings and digests
+        strings = values.cast(pa.binary())
+        yield from _content(pc.binary_length(strings))
+        yield pc.binary_join(pa.ListArray.from_arrays([0, len(strings)], strings), b"")[0].as_buffer()
 
 
 def _check_place(shard: Shard, table: pa.Table, before: list[Shard]) -> None:

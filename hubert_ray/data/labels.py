@@ -2,14 +2,22 @@
 
 Label parts are keyed by utterance id. Shard by shard they are joined to the ids of the corpus, checked against the audio's length,
 and laid end to end in a memory-mapped uint16 file: 22 GB for 60,000 h at 50 Hz and a label stream, of which only touched pages are
-in memory. Where a codebook has several streams, the labels of a frame lie side by side. An utterance's place follows from the
-lengths of those before it: it is kept for every 1024th row and added up from there, so that memory hardly grows with the corpus.
+in memory. The workers of a node share one file, laid out by whichever comes first; it stays in the temporary folder, where a rerun
+finds it again, until other labels are laid out there while nobody reads it. Where a codebook has several streams, the labels of a
+frame lie side by side. An utterance's place follows from the lengths of those before it: it is kept for every 1024th row and added
+up from there, so that memory hardly grows with the corpus.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 import tempfile
+from pathlib import Path
+from typing import BinaryIO
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,15 +38,52 @@ class LabelStore:
 
     Raises LabelError where an utterance has no labels, more than one row, or another number of labels than its length, the
     frame rate and the streams ask for, and where there are labels of an utterance that the corpus does not have.
+
+    `making` tells sealed labels from all others: stores with the same one share a file of their node and trust what it holds.
+    Without it the parts are read, and the file is gone with the store.
     """
 
     def __init__(
-        self, storage: Storage, corpus_path: str, labels_path: str, index: Index, frame_rate_hz: int, streams: int = 1
-    ):
+        self, storage: Storage, corpus_path: str, labels_path: str, index: Index, frame_rate_hz: int, streams: int = 1,
+        making: str | None = None,
+    ):  # fmt: skip
         self.frame_rate_hz = frame_rate_hz
         self._streams = streams
         self._samples = index.numbers("samples")
-        self._file = tempfile.NamedTemporaryFile(prefix="hubert-ray-labels-")
+        self._places = self._sums(len(index))
+        if making is None:
+            with tempfile.TemporaryFile(prefix="hubert-ray-labels-") as file:
+                self._lay_out(file, storage, corpus_path, labels_path, index)
+                self._values = _mapped(file)
+        else:
+            self._values = self._shared(making, storage, corpus_path, labels_path, index)
+
+    def _shared(self, making: str, storage: Storage, corpus_path: str, labels_path: str, index: Index) -> np.ndarray:
+        """This node's file, mapped. Whoever makes or removes files holds the folder's lock, and who reads one that file's."""
+        what = [
+            making,
+            index.contents.digest,
+            [shard.name for shard in index.shards],
+            self.frame_rate_hz,
+            self._streams,
+        ]
+        folder = Path(tempfile.gettempdir()) / f"hubert-ray-labels-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        file = folder / f"{hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:16]}.u2"
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                _remove_unread(folder)
+                part = folder / "part"
+                with part.open("wb") as target:
+                    self._lay_out(target, storage, corpus_path, labels_path, index)
+                part.replace(file)
+            self._file = file.open("rb")  # open, and so held, for as long as the store lives
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+        return _mapped(self._file)
+
+    def _lay_out(self, file: BinaryIO, storage: Storage, corpus_path: str, labels_path: str, index: Index) -> None:
+        """Writes the labels of all shards in the order of the index."""
         for shard, rows in index.by_shard():
             try:
                 part = schemas.decode(storage.read(f"{labels_path}/{layout.part(shard.name)}"))
@@ -46,11 +91,8 @@ class LabelStore:
                 raise LabelError(f"the labels of shard {shard.name} are missing: run assign_labels again") from error
             self._check_rate(part, shard.name)
             ids = Manifest.read(storage, corpus_path, [shard.name], ["utterance_id"]).table["utterance_id"]
-            self._append(part, ids.combine_chunks(), self._counts(rows), shard.name)
-        self._file.flush()
-        self._places = self._sums(len(index))
-        mapped = np.memmap(self._file, np.uint16, "r") if self._places[-1] else np.empty(0, np.uint16)
-        self._values = np.asarray(mapped)  # as plain numbers: the views of a memmap cost microseconds each
+            file.write(self._in_order(part, ids.combine_chunks(), self._counts(rows), shard.name).data)
+        file.flush()
 
     def _counts(self, rows: slice) -> np.ndarray:
         """How many labels each of some rows has, int64."""
@@ -71,8 +113,8 @@ class LabelStore:
         if rates not in ([self.frame_rate_hz], []):
             raise LabelError(f"labels of shard {shard} are at {rates} Hz, expected {self.frame_rate_hz} Hz")
 
-    def _append(self, part: pa.Table, ids: pa.Array, expected_N: np.ndarray, shard: str) -> None:
-        """Writes the labels of a shard in the order of `ids`, whatever their order in the part."""
+    def _in_order(self, part: pa.Table, ids: pa.Array, expected_N: np.ndarray, shard: str) -> np.ndarray:
+        """The labels of a shard in the order of `ids`, whatever their order in the part, uint16."""
         names = part["utterance_id"].combine_chunks()
         place_P = pc.index_in(names, value_set=ids)
         if len(ids) != len(expected_N) or place_P.null_count:
@@ -101,7 +143,7 @@ class LabelStore:
                 "for one. Labels and corpus do not belong together: run assign_labels again."
             )
         in_order = part["labels"].take(pa.array(np.argsort(rows_P)))
-        self._file.write(pc.list_flatten(in_order).combine_chunks().to_numpy())
+        return pc.list_flatten(in_order).combine_chunks().to_numpy()
 
     def histograms(self, rows: slice, classes: tuple[int, ...]) -> list[np.ndarray]:
         """For each stream how often each label occurs in the utterances of some rows; longer than its entry of `classes` where
@@ -124,3 +166,21 @@ class LabelStore:
         """How many labels lie before those of a row."""
         known = row // _ROWS_A_PLACE
         return int(self._places[known] + self._counts(slice(known * _ROWS_A_PLACE, row)).sum())
+
+
+def _mapped(file: BinaryIO) -> np.ndarray:
+    """As plain numbers: the views of a memmap cost microseconds each."""
+    if not os.fstat(file.fileno()).st_size:
+        return np.empty(0, np.uint16)  # nothing cannot be mapped
+    return np.asarray(np.memmap(file, np.uint16, "r"))
+
+
+def _remove_unread(folder: Path) -> None:
+    """Labels that no process of this node holds make room."""
+    for file in folder.glob("*.u2"):
+        with file.open("rb") as found:
+            try:
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            file.unlink()

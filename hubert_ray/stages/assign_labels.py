@@ -1,7 +1,8 @@
 """teacher features + codebook -> a uint16 label per frame and stream of every utterance, and how good the labels are.
 
 Extraction and assignment are fused: features live for ten minutes of audio at a time and are never written. The next ten minutes
-are read and decoded while the teacher computes, so its own forward pass is what labelling costs.
+are read and decoded while the teacher computes, so its own forward pass is what labelling costs. What is to be told of the labels
+is counted by the worker that has them in memory; a part that was there before is read for it.
 HuBERT (Hsu et al. 2021) II-A, IV-B, IV-E.
 """
 
@@ -24,7 +25,6 @@ from hubert_ray.distributed.shard_map import shard_map
 from hubert_ray.errors import LabelError
 from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout, schemas
-from hubert_ray.storage.artifacts import Artifact
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.units.features import in_groups
 from hubert_ray.units.kmeans import Codebook
@@ -32,7 +32,7 @@ from hubert_ray.units.quality import PhoneCounts, entropy_bits
 
 
 class Labeller:
-    """Labels one shard and writes its part."""
+    """Labels one shard and writes its part, unless it is there; counts its labels, and how they meet the phones."""
 
     def __init__(self, storage: Storage, corpus: str, folder: str, teacher: TeacherAt, codebook: Codebook, device: str):
         self._storage, self._corpus, self._folder = storage, corpus, folder
@@ -42,6 +42,15 @@ class Labeller:
 
     def __call__(self, shard: str) -> dict[str, Any]:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard)
+        part = f"{self._folder}/{layout.part(shard)}"
+        if there := self._storage.exists(part):
+            table = schemas.decode(self._storage.read(part))
+        else:
+            table = self._labelled(manifest)
+            self._storage.write(part, schemas.encode(table))
+        return {"there": there} | _counted(table, manifest, self._codebook.classes)
+
+    def _labelled(self, manifest: Manifest) -> pa.Table:
         utterances = UtteranceReader(self._reader, manifest, normalize=False)
         labels = [
             self._codebook.labels(frames_FD, self._device).ravel()
@@ -50,24 +59,51 @@ class Labeller:
         ]
         rate = pa.array(np.full(len(labels), self._extractor.frame_rate_hz, dtype=np.int16))
         ids = manifest.table["utterance_id"].combine_chunks()
-        table = pa.table([ids, pa.array(labels, schemas.LABELS.field("labels").type), rate], schema=schemas.LABELS)
-        self._storage.write(f"{self._folder}/{layout.part(shard)}", schemas.encode(table))
-        return {"labels": sum(map(len, labels))}
+        return pa.table([ids, pa.array(labels, schemas.LABELS.field("labels").type), rate], schema=schemas.LABELS)
+
+
+def _counted(part: pa.Table, manifest: Manifest, classes: tuple[int, ...]) -> dict[str, Any]:
+    """Of a shard and each stream: how often each label occurs, and how often with each phone."""
+    labels_FS = _by_stream(pc.list_flatten(part["labels"]), classes)
+    counts = [PhoneCounts(clusters) for clusters in classes]
+    ids = manifest.table["utterance_id"].combine_chunks()
+    phones = manifest.table["phones"].take(pc.index_in(part["utterance_id"], value_set=ids))
+    for row in np.flatnonzero(pc.is_valid(phones).to_numpy()):
+        known, rate = phones[int(row)].as_py(), part["frame_rate_hz"][int(row)].as_py()
+        for counted, labels_F in zip(counts, _by_stream(part["labels"][int(row)].values, classes).T, strict=True):
+            counted.add(known, labels_F, rate)
+    return {
+        "labels": labels_FS.size,
+        "histograms": [
+            np.bincount(labels_F, minlength=clusters).tolist()
+            for labels_F, clusters in zip(labels_FS.T, classes, strict=True)
+        ],
+        "phones": [counted.counts() for counted in counts],
+    }
 
 
 def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dict[str, Any]:
     """Writes one label part per shard and `quality.json`; `classes` has the clusters of each label stream."""
     centroids_RD = np.load(io.BytesIO(work.inputs["codebook"].read(layout.CENTROIDS)), allow_pickle=False)
     codebook = Codebook(centroids_RD, classes)
-    shards = [shard.name for shard in work.index().shards]
-    missing = [s for s in shards if not work.storage.exists(work.output.file(layout.part(s)))]
+    splits = {shard.name: shard.split for shard in work.index().shards}
     labeller = partial(
         Labeller, work.storage, work.inputs["corpus"].path, work.output.path, teacher_at(work, teacher), codebook,
         "cuda" if work.cluster.data_gpus else "cpu",
     )  # fmt: skip
-    for row in shard_map(labeller, missing, work.cluster):
-        print(f"{work.name}  {row['shard']}  {row['labels']} labels", flush=True)
-    facts = _measure(work.output, work.storage, work.inputs["corpus"].path, shards, classes)
+    histograms = [np.zeros(clusters, dtype=np.int64) for clusters in classes]
+    counts = {name: [PhoneCounts(clusters) for clusters in classes] for name in ("dev", "all")}
+    for row in shard_map(labeller, list(splits), work.cluster):
+        if not row["there"]:
+            print(f"{work.name}  {row['shard']}  {row['labels']} labels", flush=True)
+        split = splits[row["shard"]]
+        if split == "train":
+            for histogram_K, more in zip(histograms, row["histograms"], strict=True):
+                histogram_K += np.array(more)
+        for name in ("all", "dev") if split == "dev" else ("all",):
+            for counted, phones in zip(counts[name], row["phones"], strict=True):
+                counted.merge(phones)
+    facts = _facts(histograms, counts)
     for stream, clusters in zip(facts["streams"], classes, strict=True):
         used = sum(count > 0 for count in stream["histogram"])
         if used < clusters / 2:
@@ -79,28 +115,9 @@ def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dic
     return {key: facts[key] for key in ("train_frames", "unigram_entropy_bits", "majority_share", "quality")}
 
 
-def _measure(
-    labels: Artifact, storage: Storage, corpus: str, shards: list[str], classes: tuple[int, ...]
-) -> dict[str, Any]:
+def _facts(histograms: list[np.ndarray], counts: dict[str, list[PhoneCounts]]) -> dict[str, Any]:
     """Entropy of the train labels, and quality against phones, of each stream: on the dev split where it has alignments, else on
     all. What is told of several streams together is the mean, as the loss and the accuracy of their model are."""
-    histograms = [np.zeros(clusters, dtype=np.int64) for clusters in classes]
-    counts = {name: [PhoneCounts(clusters) for clusters in classes] for name in ("dev", "all")}
-    for shard in shards:
-        part = schemas.decode(labels.read(layout.part(shard)))
-        manifest = Manifest.read_shard(storage, corpus, shard).table
-        rows = pc.index_in(part["utterance_id"], value_set=manifest["utterance_id"].combine_chunks())
-        joined = part.append_column("split", manifest["split"].take(rows))
-        joined = joined.append_column("phones", manifest["phones"].take(rows))
-        train_FS = _by_stream(pc.list_flatten(joined.filter(pc.equal(joined["split"], "train"))["labels"]), classes)
-        for histogram_K, train_F in zip(histograms, train_FS.T, strict=True):
-            histogram_K += np.bincount(train_F, minlength=len(histogram_K))
-        aligned = joined.filter(pc.is_valid(joined["phones"]))
-        for row in aligned.to_pylist():
-            labels_FS = _by_stream(np.asarray(row["labels"]), classes)
-            for name in ("all", "dev") if row["split"] == "dev" else ("all",):
-                for counted, labels_F in zip(counts[name], labels_FS.T, strict=True):
-                    counted.add(row["phones"], labels_F, row["frame_rate_hz"])
     measured_on = "dev" if counts["dev"][0].quality() else "all"
     streams = [_stream_facts(*pair) for pair in zip(histograms, counts[measured_on], strict=True)]
     qualities = [stream["quality"] for stream in streams]

@@ -6,6 +6,7 @@ HuBERT (Hsu et al. 2021) II-B, II-D, IV-C.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -72,14 +73,14 @@ class PretrainTask:
     """Masked prediction over the train split, as the training loop wants it (distributed/train_loop.py)."""
 
     def __init__(
-        self, storage: Storage, corpus: str, labels: str, frame_rate_hz: int, classes: tuple[int, ...], size: ModelSize,
-        settings: Pretrain, languages: dict[str, str], title: str, recompute: bool = False,
+        self, storage: Storage, corpus: str, labels: str, making: str, frame_rate_hz: int, classes: tuple[int, ...],
+        size: ModelSize, settings: Pretrain, languages: dict[str, str], title: str, recompute: bool = False,
     ):  # fmt: skip
         self.title = title
         self._settings = settings
         train = Index.open(storage, corpus).split("train")
         self._plan = BatchPlan(train.numbers("samples"), settings, train.by_part(), languages)
-        self._labels = LabelStore(storage, corpus, labels, train, frame_rate_hz, len(classes))
+        self._labels = LabelStore(storage, corpus, labels, train, frame_rate_hz, len(classes), making)
         self._utterances = UtteranceReader(AudioReader(storage, corpus), train, size.normalize_waveform)
         self.module = MaskedPrediction(Hubert(size, classes), settings, recompute)
         self.optimizer = adamw(self.module.parameters(), settings.betas, settings.eps, settings.weight_decay)
@@ -131,8 +132,10 @@ def pretrain(
     languages: dict[str, str],
 ) -> dict[str, Any]:
     """Writes `model.safetensors`, `model.json`, `metrics.jsonl` and TensorBoard files."""
+    labels = work.inputs["labels"]
+    making = hashlib.sha256(labels.read(layout.SEAL)).hexdigest()  # the fingerprint, and when: labels may be made again
     task = partial(
-        PretrainTask, work.storage, work.inputs["corpus"].path, work.inputs["labels"].path, frame_rate_hz, classes,
+        PretrainTask, work.storage, work.inputs["corpus"].path, labels.path, making, frame_rate_hz, classes,
         model, settings, languages, work.name, work.cluster.recompute,
     )  # fmt: skip
     job = TrainJob(

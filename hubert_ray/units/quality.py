@@ -44,6 +44,16 @@ class PhoneCounts:
             row = self._rows.setdefault(name, np.zeros(self._clusters, dtype=np.int64))
             row += np.bincount(units_F[start:end], minlength=self._clusters)
 
+    def counts(self) -> dict[str, list[int]]:
+        """Of each phone how often it met each unit: what `merge` of another table takes."""
+        return {name: row.tolist() for name, row in self._rows.items()}
+
+    def merge(self, counts: dict[str, list[int]]) -> None:
+        """Adds what was counted elsewhere."""
+        for name, row in counts.items():
+            mine = self._rows.setdefault(name, np.zeros(self._clusters, dtype=np.int64))
+            mine += np.array(row)
+
     def phones(self) -> list[str]:
         return sorted(self._rows)
 

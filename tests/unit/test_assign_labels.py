@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -52,5 +53,39 @@ def test_labels_are_those_of_each_utterance_alone(storage, monkeypatch, teacher,
     assert table["frame_rate_hz"].unique().to_pylist() == [extractor.frame_rate_hz]
     for got, frames_FD in zip(table["labels"].to_pylist(), alone, strict=True):
         assert got == assign(frames_FD, centroids_KD)[0].tolist()
-    assert facts == {"labels": sum(map(len, alone))}
+    counted = np.bincount(np.concatenate(table["labels"].to_pylist()), minlength=12).tolist()
+    assert facts == {"there": False, "labels": sum(map(len, alone)), "histograms": [counted], "phones": [{}]}
     assert len({tuple(labels) for labels in table["labels"].to_pylist()}) == len(set(SEEDS))
+
+
+def test_a_part_that_is_there_is_counted_not_made_again(storage):
+    """Its labels by stream, and against the phones of the utterances that have them, whatever the order of the rows."""
+    part, manifest = f"labels/{layout.part('s')}", f"{CORPUS}/{layout.manifest_part('s')}"
+    spoken = [
+        None,
+        [{"start": 0, "end": 480, "phone": "AH1"}],
+        None,
+        [{"start": 160, "end": 320, "phone": "T"}],
+        None,
+        [],
+    ]
+    table = schemas.decode(storage.read(manifest))
+    place = schemas.MANIFEST.get_field_index("phones")
+    field = schemas.MANIFEST.field("phones")
+    storage.write(manifest, schemas.encode(table.set_column(place, field, pa.array(spoken, field.type))))
+    streams = {f"u{n}": np.array([[n, 0], [0, 1], [n, 2]]) for n in reversed(range(len(SEEDS)))}
+    rows = [{"utterance_id": u, "labels": s_FS.ravel(), "frame_rate_hz": 100} for u, s_FS in streams.items()]
+    storage.write(part, schemas.encode(pa.Table.from_pylist(rows, schema=schemas.LABELS)))
+    before = storage.read(part)
+    codebook = Codebook(np.zeros((6 + 3, 39), dtype=np.float32), (6, 3))
+    facts = Labeller(storage, CORPUS, "labels", TeacherAt(Mfcc(), None), codebook, "cpu")("s")
+    assert storage.read(part) == before
+    assert facts == {
+        "there": True,
+        "labels": 6 * len(SEEDS),
+        "histograms": [[8, 2, 2, 2, 2, 2], [6, 6, 6]],
+        "phones": [
+            {"AH": [1, 2, 0, 0, 0, 0], "T": [1, 0, 0, 0, 0, 0]},
+            {"AH": [1, 1, 1], "T": [0, 1, 0]},
+        ],
+    }

@@ -13,6 +13,7 @@ from hubert_ray.config.presets import PRESETS
 from hubert_ray.config.recipe import LibriSpeech, Recipe
 from hubert_ray.config.sizes import SIZES
 from hubert_ray.errors import CorpusError, RecipeError
+from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
 
@@ -83,6 +84,13 @@ def test_overrides_reach_nested_settings_by_name():
         ("iterations.iter1.teacher.splice=2", "teacher.splice: an odd number"),
         ("iterations.iter1.teacher.derivatives=[0, 3]", "derivatives"),
         ("iterations.iter1.teacher.derivatives=[1, 1]", "each order once"),
+        ("iterations.iter1.pretrain.seed=-1", "seed = -1: expected int >= 0"),
+        ("iterations.iter2.kmeans.seed=-1", "seed = -1: expected int >= 0"),
+        ("corpus.seed=-1", "seed = -1: expected int >= 0"),
+        ("finetune.seed=-1", "seed = -1: expected int >= 0"),
+        ("iterations.iter1.name=finetune", "cannot be called 'finetune'"),
+        ("iterations.iter1.name=corpus", "cannot be called 'corpus'"),
+        ("iterations.iter1.name=stability", "cannot be called 'stability'"),
         ("iterations.iter1.kmeans.algorithm=minibatch", "there are lloyd, mini_batch; did you mean 'mini_batch'"),
     ],
 )
@@ -96,11 +104,36 @@ def test_bad_overrides_say_what_is_wrong(override, message):
     [
         ("iterations.iter2.teacher.of=iter9", "not an earlier iteration"),
         ("iterations.iter2.teacher.layer=9", "0 .input. to 4"),
+        (
+            "iterations.iter2.kmeans={clusters=[9, 9, 9, 9, 9], product=true}",
+            "5 streams cannot share out the 192 features",
+        ),
     ],
 )
 def test_impossible_teachers_are_refused(override, message):
     with pytest.raises(RecipeError, match=message):
         pipeline.unroll(load_recipe("demo", [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.layer=9", "0 .input. to 4"),
+        (
+            "kmeans={clusters=[9, 9, 9, 9, 9], product=true}",
+            "5 streams cannot share out the 192 features of 'other/iter1'",
+        ),
+    ],
+)
+def test_impossible_teachers_of_other_runs_are_refused(tmp_path, override, message):
+    recipe, storage = load_recipe("demo", ["name=other"]), Storage(str(tmp_path))
+    model = {step.stage.name: step.artifact for step in pipeline.plan(recipe, storage)}["iter1/pretrain"]
+    model.write_json(layout.MODEL_CONFIG, {"kind": "hubert", "size": recipe.iterations[0].model})
+    model.seal({})
+    learns = ["iterations.iter2.teacher.of=other/iter1", "iterations.iter2.teacher.layer=1"]
+    pipeline.plan(load_recipe("demo", learns), storage)
+    with pytest.raises(RecipeError, match=message):
+        pipeline.plan(load_recipe("demo", [*learns, f"iterations.iter2.{override}"]), storage)
 
 
 def test_recipe_file_changes_a_preset(tmp_path):
@@ -220,6 +253,15 @@ def test_fingerprints_change_with_settings_and_flow_downstream_only(tmp_path):
     assert "iter2/learn_kmeans" in changed
     assert "report" in changed
     assert not changed & {"prepare_data", "iter1/learn_kmeans", "iter1/assign_labels", "iter1/pretrain"}
+
+
+def test_the_balance_of_a_mix_is_nothing_to_a_corpus_that_is_none(tmp_path):
+    def fingerprints(*overrides):
+        planned = pipeline.plan(load_recipe("demo", list(overrides)), Storage(str(tmp_path)))
+        return [p.artifact.identity.fingerprint for p in planned]
+
+    balance = [f"iterations.iter1.pretrain.{name}_alpha=0.5" for name in ("language", "dataset")]
+    assert fingerprints(*balance) == fingerprints()
 
 
 @pytest.mark.parametrize("kind", ["librispeech", "folder", "table", "parquet", "webdataset"])

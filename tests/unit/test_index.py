@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +102,39 @@ def test_what_the_parts_add_up_to(storage):
     assert again == contents
     tables["test-00000"] = table_of("test-00000", "gh", "test", size=7)
     assert write_corpus(storage, PATH, tables).contents.digest != contents.digest
+
+
+def test_the_digest_is_of_what_the_parts_hold_not_of_their_files(storage, monkeypatch):
+    """Another writer, or another layout of the same rows, is the same speech; another value or null is not."""
+    table = table_of("train-00000", "abc")
+    phones = [[{"start": 0, "end": 5, "phone": "AA"}, {"start": 5, "end": 9, "phone": "B"}], [], None]
+    table = table.set_column(
+        12, schemas.MANIFEST.field("phones"), pa.array(phones, schemas.MANIFEST.field("phones").type)
+    )
+
+    def digest(table: pa.Table) -> str:
+        return write_corpus(storage, PATH, {"train-00000": table}).contents.digest
+
+    def changed(column: str, values: list) -> pa.Table:
+        field = schemas.MANIFEST.field(column)
+        return table.set_column(schemas.MANIFEST.get_field_index(column), field, pa.array(values, field.type))
+
+    before = digest(table)
+    others = [
+        changed("text", ["A", None, "A"]), changed("text", ["A", "A", ""]), changed("speaker", ["s1s", "2", "s0"]),
+        changed("size", [1097, 1098, 1]), changed("digest", [b"0" * 16, None, None]), changed("speech_share", [0.5, None, None]),
+        changed("phones", [phones[0][:1], phones[0][1:], None]), changed("phones", [phones[0], None, None]),
+        changed("phones", [[phones[0][0] | {"phone": "AAB"}, phones[0][1] | {"phone": ""}], [], None]),
+    ]  # fmt: skip
+    assert len({before, *map(digest, others)}) == 1 + len(others)
+
+    def otherwise(table: pa.Table) -> bytes:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="none", row_group_size=1, use_dictionary=False, store_schema=False)
+        return buffer.getvalue()
+
+    monkeypatch.setattr(schemas, "encode", otherwise)
+    assert digest(table) == before
 
 
 def test_speakers_are_counted_over_many_parts(storage, monkeypatch):

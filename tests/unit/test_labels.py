@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -222,6 +224,74 @@ def test_each_stream_has_its_histogram(storage, index, monkeypatch, at_once):
     found = store.histograms(slice(1, 4), (9000, 10))
     assert found[0].tolist() == expected[0].tolist()
     assert found[1].tolist() == expected[1][: expected[1].nonzero()[0].max() + 1].tolist()
+
+
+# --- one file per node ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    return tmp_path / "node"
+
+
+def shared(storage: Storage, index: Index, making: str) -> LabelStore:
+    return LabelStore(storage, CORPUS, "labels", index, 50, making=making)
+
+
+def laid_out(node: Path) -> list[Path]:
+    return sorted(node.glob("*/*.u2"))
+
+
+def test_the_stores_of_a_node_share_one_file(storage, index, node):
+    """The second reads no part, and does not wait for the first to end."""
+    write(storage, 50, parts_of("edcba", 50))
+    first = shared(storage, index, "m")
+    for shard in set(SHARDS.values()):
+        storage.delete(f"labels/{layout.part(shard)}")
+    second = shared(storage, index, "m")
+    (file,) = laid_out(node)
+    assert file.stat().st_size == 2 * sum(len(labels_of(name, 50)) for name in SAMPLES)
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    for row, name in enumerate("abcde"):
+        for store in (first, second):
+            assert store.window(row, slice(None))[:, 0].tolist() == labels_of(name, 50).tolist()
+
+
+def test_labels_that_were_made_again_are_laid_out_again(storage, index, node):
+    write(storage, 50, parts_of("abcde", 50))
+    shared(storage, index, "before")
+    again = {s: [(name, labels + 1) for name, labels in rows] for s, rows in parts_of("abcde", 50).items()}
+    write(storage, 50, again)
+    assert shared(storage, index, "after").window(0, slice(None))[:, 0].tolist() == (labels_of("a", 50) + 1).tolist()
+
+
+def test_files_that_nobody_reads_make_room_and_those_in_use_stay(storage, index, node):
+    write(storage, 50, parts_of("abcde", 50))
+    used = shared(storage, index, "used")
+    (kept,) = laid_out(node)
+    shared(storage, index, "left")  # is gone at once
+    assert len(laid_out(node)) == 2
+    new = shared(storage, index, "new")
+    assert kept in laid_out(node)
+    assert len(laid_out(node)) == 2
+    assert np.array_equal(used.window(3, slice(None)), new.window(3, slice(None)))
+
+
+def test_a_store_that_was_cut_short_leaves_no_file_under_its_name(storage, index, node):
+    write(storage, 50, parts_of("abd", 50))
+    with pytest.raises(LabelError, match="have no labels"):
+        shared(storage, index, "m")
+    assert not laid_out(node)
+    write(storage, 50, parts_of("abcde", 50))
+    assert shared(storage, index, "m").window(4, slice(None))[:, 0].tolist() == labels_of("e", 50).tolist()
+
+
+def test_a_store_by_itself_leaves_nothing(storage, index, node):
+    write(storage, 50, parts_of("abcde", 50))
+    assert LabelStore(storage, CORPUS, "labels", index, 50).window(4, slice(None))[0, 0] == BASES["e"]
+    assert not list(node.iterdir())
 
 
 # --- crops ------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,17 @@ def test_quality_is_that_of_the_oracle(utterances):
     assert found.frames == expected[3]
 
 
+@given(st.lists(utterance(), max_size=4), st.integers(0, 4))
+@settings(max_examples=40, deadline=None)
+def test_counts_of_two_places_add_up_to_those_of_one(utterances, parted):
+    here, there, whole = PhoneCounts(CLUSTERS), PhoneCounts(CLUSTERS), PhoneCounts(CLUSTERS)
+    for number, (phones, labels, rate) in enumerate(utterances):
+        for counts in (whole, here if number < parted else there):
+            counts.add(phones, np.array(labels, dtype=np.int64), rate)
+    here.merge(there.counts())
+    assert here.counts() == whole.counts()
+
+
 def test_counts_follow_the_10_ms_grid_at_both_rates():
     phones = [{"start": 0, "end": 640, "phone": "SIL"}, {"start": 640, "end": 1600, "phone": "AH1"}]
     at_50, at_100 = PhoneCounts(3), PhoneCounts(3)
