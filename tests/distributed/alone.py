@@ -107,7 +107,19 @@ def make_inputs(folder: Path) -> Storage:
 
 def pretraining(storage: Storage, folder: str, recompute: bool = False, **fault) -> TrainJob:
     factory = partial(
-        DyingPretrain, storage, "corpus", "labels", 50, (CLASSES,), SIZE, PRETRAIN, {}, "noise", recompute, **fault
+        DyingPretrain,
+        storage,
+        "corpus",
+        "labels",
+        storage.url,
+        50,
+        (CLASSES,),
+        SIZE,
+        PRETRAIN,
+        {},
+        "noise",
+        recompute,
+        **fault,
     )
     return TrainJob(factory, storage, folder, STEPS, 1, PRETRAIN.clip_norm, CHECKPOINT_STEPS, 1)
 
