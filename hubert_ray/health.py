@@ -143,10 +143,15 @@ def _unread(recordings: int) -> str:
 
 
 def label_findings(
-    corpus: Artifact, labels: Artifact, frame_rate_hz: int, classes: tuple[int, ...]
+    corpus: Artifact, labels: Artifact, frame_rate_hz: int, classes: tuple[int, ...], reread: bool
 ) -> Iterator[Finding]:
-    """Of sealed labels: whether each utterance has those of its frames, and how they are spread over each stream's clusters."""
+    """Of sealed labels: how they are spread over each stream's clusters; with `reread` also whether each utterance has those of its
+    frames, and whether they are those that were counted."""
     name = labels.path.split("/")[-2]
+    counted = [stream["histogram"] for stream in labels.read_json(layout.QUALITY)["streams"]]
+    if not reread:
+        yield _spread(name, list(map(np.array, counted)), classes)
+        return
     index = Index.open(corpus.storage, corpus.path)
     try:
         store = LabelStore(corpus.storage, corpus.path, labels.path, index, frame_rate_hz, len(classes))
@@ -164,8 +169,7 @@ def label_findings(
     if store:
         histograms = store.histograms(index.rows_of("train"), classes)
         yield _spread(name, histograms, classes)
-        measured = [stream["histogram"] for stream in labels.read_json(layout.QUALITY)["streams"]]
-        same = [histogram_K.tolist() for histogram_K in histograms] == measured
+        same = [histogram_K.tolist() for histogram_K in histograms] == counted
         yield Finding(
             f"{name}.labels.unchanged",
             "ok" if same else "failed",

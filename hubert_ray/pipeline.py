@@ -20,7 +20,7 @@ import msgspec
 
 from hubert_ray import machine
 from hubert_ray.config.cluster import Cluster
-from hubert_ray.config.recipe import Iteration, Kmeans, Layer, Mix, Recipe, Teacher, parts_of
+from hubert_ray.config.recipe import Iteration, Kmeans, Layer, Mix, Recipe, parts_of
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.errors import CorpusError, HubertRayError, RecipeError, StorageError
 from hubert_ray.machine import NodeReport
@@ -76,7 +76,7 @@ def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> li
     trained = {
         "model": iteration.model,
         "classes": classes,
-        "frame_rate_hz": _frame_rate_hz(teacher),
+        "frame_rate_hz": teacher.frame_rate_hz,
         "settings": iteration.pretrain,
         "languages": {part.name: part.language for part in recipe.corpus.parts}
         if isinstance(recipe.corpus, Mix)
@@ -90,10 +90,6 @@ def _iteration_stages(recipe: Recipe, position: int, iteration: Iteration) -> li
         Stage(model, "pretrain", trained, {"corpus": "prepare_data", "labels": labels}),
         Stage(f"{name}/measure_layers", "measure_layers", measured, {"corpus": "prepare_data", "model": model}),
     ]
-
-
-def _frame_rate_hz(teacher: Teacher) -> int:
-    return 50 if isinstance(teacher, Layer) else 100
 
 
 def _teacher_input(recipe: Recipe, position: int, teacher: Layer) -> str:
@@ -282,8 +278,8 @@ def _check_quickly(step: Planned) -> None:
         print(f"warning: {step.stage.name} could not be checked: {error!r}. Try `hubert-ray doctor`")
 
 
-def findings_of(step: Planned, read_audio: bool = False) -> Iterator[Finding]:
-    """The checks of one finished stage; none where it is not finished. `read_audio`: those too that read recordings."""
+def findings_of(step: Planned, reread: bool = False) -> Iterator[Finding]:
+    """The checks of one finished stage; none where it is not finished. `reread`: those too that go over audio and labels again."""
     from hubert_ray import health  # with numpy
 
     if step.seal is None:
@@ -291,14 +287,13 @@ def findings_of(step: Planned, read_audio: bool = False) -> Iterator[Finding]:
     settings = step.stage.settings
     match step.stage.kind:
         case "prepare_data":
-            yield from health.corpus_findings(step.artifact, read_audio)
+            yield from health.corpus_findings(step.artifact, reread)
         case "learn_kmeans":
-            rate, kmeans = _frame_rate_hz(settings["teacher"]), settings["kmeans"]
+            rate, kmeans = settings["teacher"].frame_rate_hz, settings["kmeans"]
             yield from health.codebook_findings(step.inputs["corpus"], step.artifact, rate, kmeans)
         case "assign_labels":
-            yield from health.label_findings(
-                step.inputs["corpus"], step.artifact, _frame_rate_hz(settings["teacher"]), settings["classes"]
-            )
+            rate, classes = settings["teacher"].frame_rate_hz, settings["classes"]
+            yield from health.label_findings(step.inputs["corpus"], step.artifact, rate, classes, reread)
         case "pretrain" | "finetune":
             yield health.weights_finding(step.stage.name, step.artifact)
 
@@ -319,7 +314,7 @@ def examine(recipe: Recipe, storage: Storage, cluster: Cluster, nodes: list[Node
         yield health.Finding("run.finished", "ok" if done else "warning", said, "looking at the wrong storage or run")
     for step in steps:
         try:
-            yield from findings_of(step, read_audio=True)
+            yield from findings_of(step, reread=True)
         except Exception as error:  # whatever a damaged file makes a library raise
             said = f"cannot be read ({type(error).__name__}: {error}); make it again after {step.artifact.remove_command()}"
             yield health.Finding(f"{step.stage.name}.files", "failed", said, "a later stage that dies of it")

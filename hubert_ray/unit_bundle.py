@@ -46,10 +46,9 @@ from hubert_ray.units.windows import UnitStream, Windows
 
 CARD = "bundle.json"
 CONVENTIONS: dict[type, str] = {
-    Mfcc: "13 Kaldi MFCC with two deltas; 25 ms windows every 10 ms",
+    Mfcc: "Kaldi MFCC with deltas, as the teacher says; 25 ms windows every 10 ms",
     Layer: "output of a block after its residual (and its norm in post-norm models), counted from 1; 0: input of block 1",
 }
-LABEL_RATES_HZ: dict[type, int] = {Mfcc: MfccExtractor.frame_rate_hz, Layer: LayerExtractor.frame_rate_hz}
 FILES: dict[type, tuple[str, ...]] = {
     Mfcc: (layout.CENTROIDS,),
     Layer: (layout.CENTROIDS, layout.MODEL_CONFIG, layout.MODEL),
@@ -170,7 +169,7 @@ def make_bundle(
     if window_seconds is None:
         samples_N = Index.open(inputs["corpus"].storage, inputs["corpus"].path).numbers("samples")
         window_seconds = max(WINDOW_SECONDS, int(samples_N.max()) / SAMPLE_RATE)
-    windows = _windows(window_seconds, context_seconds, LABEL_RATES_HZ[kind])
+    windows = _windows(window_seconds, context_seconds, teacher.frame_rate_hz)
     if (rows := len(_centroids(codebook.read(layout.CENTROIDS)))) != sum(classes):
         raise BundleError(
             f"{codebook.file(layout.CENTROIDS)}: found {rows} centroids, expected {' + '.join(map(str, classes))}"
@@ -179,7 +178,7 @@ def make_bundle(
     card = BundleCard(
         teacher=teacher,
         convention=CONVENTIONS[kind],
-        label_rate_hz=LABEL_RATES_HZ[kind],
+        label_rate_hz=teacher.frame_rate_hz,
         classes=classes,
         dim=_dim(teacher, inputs),
         windows=windows,
@@ -264,7 +263,7 @@ def _card(file: Path) -> BundleCard:
         )
     kind = type(card.teacher)
     found = (card.convention, card.label_rate_hz, sorted(card.sha256))
-    expected = (CONVENTIONS[kind], LABEL_RATES_HZ[kind], sorted(FILES[kind]))
+    expected = (CONVENTIONS[kind], card.teacher.frame_rate_hz, sorted(FILES[kind]))
     if found != expected:
         raise BundleError(f"{file}: found convention, label rate and files {found}, expected {expected}")
     return card

@@ -7,7 +7,7 @@ comment, and fairseq's name where it has one. Plain immutable structs: importing
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -182,6 +182,8 @@ class Mfcc(Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
     is a plain one on `derivatives = [0]`, `[1]` or `[2]`. Spliced frames take `splice` times the memory while they are clustered.
     """
 
+    frame_rate_hz: ClassVar[int] = 100
+
     splice: Count = 1  # neighbouring frames side by side, an odd number; at the edges the outermost frame is repeated
     # 13 numbers of each spliced frame for each, one order after the other: 0 = the cepstra themselves, 1 = first deltas, 2 = second
     derivatives: Annotated[tuple[Literal[0, 1, 2], ...], Meta(min_length=1)] = (0, 1, 2)
@@ -194,6 +196,8 @@ class Mfcc(Settings, frozen=True, kw_only=True, tag="mfcc", tag_field="kind"):
 
 class Layer(Settings, frozen=True, kw_only=True, tag="layer", tag_field="kind"):
     """Teacher of a later iteration: the output of a transformer block, after the residual, at 50 Hz."""
+
+    frame_rate_hz: ClassVar[int] = 50
 
     of: str  # an earlier iteration of this recipe, or "<run>/<iteration>" of another run in the same storage
     layer: Natural  # 1 = first block … N = last; 0 = input of block 1

@@ -292,10 +292,11 @@ def draw_share(utterances: int, share: float, seed: int, shard: str) -> np.ndarr
 class AudioReader:
     """Reads manifest rows by range of their shards, in any number of threads at once, and decodes them in some of these.
 
-    Decoding is held to the processors of the worker, which Ray names in OMP_NUM_THREADS: on a machine that trains on its CPUs
-    it takes no more than one step's thread does. Shards stay open, a few of a local disk, many of an object store, where an open
-    file is its size and no more; what counts is where the shard lies, which may be elsewhere than its corpus. Ranges of remote
-    shards are taken from and left in `storage.cache`, if there is one.
+    Decoding of whole recordings is held to the processors of the worker, which Ray names in OMP_NUM_THREADS: on a machine
+    that trains on its CPUs it takes no more than one step's thread does. Ranges of long ones wait for storage while they
+    decode, and are not. Shards stay open, a few of a local disk, many of an object store, where an open file is its size and
+    no more; what counts is where the shard lies, which may be elsewhere than its corpus. Ranges of remote shards are taken
+    from and left in `storage.cache`, if there is one.
     """
 
     def __init__(self, storage: Storage, corpus_path: str, keep_open: int | None = None):

@@ -103,7 +103,7 @@ def _iteration(work: Work, seals: dict[str, Seal], iteration: Iteration) -> dict
             else {"streams": streams}
         ),
         "clusters": iteration.kmeans.clusters,
-        "frame_rate_hz": 100 if isinstance(teacher, Mfcc) else 50,
+        "frame_rate_hz": teacher.frame_rate_hz,
         "quality": labels["quality"],
         "quality_measured_on": labels["measured_on"],
         "layers": work.inputs[f"{name}/measure_layers"].read_json(layout.QUALITY) or None,

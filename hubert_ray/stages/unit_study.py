@@ -54,7 +54,7 @@ class Features:
 
     @property
     def frame_rate_hz(self) -> int:
-        return 50 if isinstance(self.teacher.teacher, Layer) else 100
+        return self.teacher.teacher.frame_rate_hz
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 import torchaudio.compliance.kaldi
 import torchaudio.functional
 
-from hubert_ray.config.recipe import Mfcc
+from hubert_ray.config.recipe import Layer, Mfcc
 from hubert_ray.data.audio import normalise
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.frames import SAMPLE_RATE
@@ -44,7 +44,7 @@ class MfccExtractor:
     before, of this one and of the next, then their first deltas, then their second ones, 117 numbers. HuBERT (Hsu et al. 2021) V-E
     does not say what stands in for the neighbours at the edges; here the outermost frame does."""
 
-    frame_rate_hz = 100
+    frame_rate_hz = Mfcc.frame_rate_hz
 
     def __init__(self, settings: Mfcc | None = None):
         self._settings = settings or Mfcc()
@@ -80,7 +80,7 @@ class LayerExtractor:
     two centroids would get another label in other company (measured with padding: 1 label of 19,000).
     """
 
-    frame_rate_hz = 50
+    frame_rate_hz = Layer.frame_rate_hz
 
     def __init__(self, encoder: Encoder, layer: int):
         self._encoder = encoder.eval()

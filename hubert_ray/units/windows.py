@@ -17,8 +17,9 @@ Which window is the last is known as soon as one more frame than a window has is
 whole waveform does, whatever pieces it comes in, and computes the very same windows.
 
 What a model computes over time, it computes per window: Base's group norm after the first convolution, the zero mean and unit
-variance that Large wants of a waveform, attention, and the padding of the positional convolution. MFCC frames depend on four
-neighbours on each side (two for each delta); with as much context they are those of the whole waveform.
+variance that Large wants of a waveform, attention, and the padding of the positional convolution. MFCC frames depend on
+four neighbours on each side (two for each delta), spliced ones on some more; with as much context they are those of the whole
+waveform.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Run:
     def findings(self) -> dict[str, health.Finding]:
         found = [
             *health.corpus_findings(self.corpus, read_audio=True),
-            *health.label_findings(self.corpus, self.labels, 100, (CLUSTERS,)),
+            *health.label_findings(self.corpus, self.labels, 100, (CLUSTERS,), reread=True),
             *health.codebook_findings(self.corpus, self.codebook, 100, self.kmeans),
         ]
         return {finding.check: finding for finding in found}
@@ -247,6 +247,8 @@ def test_a_missing_part_of_the_labels(run):
     findings = run.findings()
     assert not_ok(findings) == {"iter1.labels.lengths": "failed"}
     assert "labels of shard train-00000 are missing" in findings["iter1.labels.lengths"].found
+    quick = health.label_findings(run.corpus, run.labels, 100, (CLUSTERS,), reread=False)
+    assert [(finding.check, finding.status) for finding in quick] == [("iter1.labels.clusters", "ok")]
 
 
 def test_labels_one_frame_short(run):
@@ -294,7 +296,7 @@ def test_several_streams_are_checked_each(run):
         measured = [{"histogram": np.bincount(labels, minlength=size).tolist()} for labels, size in sizes]
         run.write_labels()
         run.labels.write_json(layout.QUALITY, {"streams": measured})
-        found = health.label_findings(run.corpus, run.labels, 100, (CLUSTERS, 5))
+        found = health.label_findings(run.corpus, run.labels, 100, (CLUSTERS, 5), reread=True)
         return {finding.check: finding for finding in found}
 
     for row in run.rows:
