@@ -47,7 +47,7 @@ def changed(storage, folder):
 
 def test_layers_of_any_number_of_workers_and_of_a_second_start(storage, capsys):
     settings = {"clusters": [5, 20], "hours": 0.01, "seeds": 2, "abx": False}
-    one = study(storage, "layers", "one", workers=1, **settings)
+    one = study(storage, "layers", "study", workers=1, **settings)
     assert [(row["model"], row["layer"], row["clusters"]) for row in one["rows"]] == [
         (MODEL, layer, k) for layer in (0, 1, 2) for k in (5, 20)
     ]
@@ -58,17 +58,17 @@ def test_layers_of_any_number_of_workers_and_of_a_second_start(storage, capsys):
     assert "12 of 12 cells to measure" in said
     assert study(storage, "layers", "many", workers=6, **settings) == one
 
-    folder = "runs/one/layers/cells"
+    folder = "runs/study/layers/cells"
     before = changed(storage, folder)
     lost = next(iter(before))
     storage.delete(f"{folder}/{lost}")
-    assert study(storage, "layers", "one", **settings) == one
+    assert study(storage, "layers", "study", **settings) == one
     assert "1 of 12 cells to measure" in capsys.readouterr().out
     after = changed(storage, folder)
     assert {name: time for name, time in after.items() if name != lost} == {
         name: time for name, time in before.items() if name != lost
     }
-    study(storage, "layers", "one", **settings | {"clusters": [5]})
+    study(storage, "layers", "study", **settings | {"clusters": [5]})
     assert "to measure" not in capsys.readouterr().out
 
 
@@ -76,7 +76,7 @@ def test_stability_over_features_clusters_hours_and_seeds(storage):
     found = study(
         storage,
         "stability",
-        "one",
+        "study",
         features=[Mfcc(), Layer(of=MODEL, layer=2)],
         clusters=[10],
         hours=[0.004, 0.008],
@@ -90,9 +90,9 @@ def test_stability_over_features_clusters_hours_and_seeds(storage):
             assert len(values) == len(set(values.tolist())) == 3
             assert row[figure]["mean"] == pytest.approx(float(values.mean()))
             assert row[figure]["std"] == pytest.approx(float(values.std()))
-    text = storage.read("runs/one/stability/stability.md").decode()
+    text = storage.read("runs/study/stability/stability.md").decode()
     assert f"| MFCC                | 10 | {rows['MFCC', 0.004]['pnmi']['mean']:.4f} ± " in text
-    assert storage.read("runs/one/stability/stability.svg").startswith(b"<svg ")
+    assert storage.read("runs/study/stability/stability.svg").startswith(b"<svg ")
 
 
 @pytest.mark.parametrize(
