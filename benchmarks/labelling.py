@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -103,10 +102,16 @@ def _label_all(folder: str, pipe) -> None:
     torch.set_num_threads(1)
     storage = Storage(folder)
     label = labeller(storage, "tiny")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_mib()
     for name in storage.list(f"{CORPUS}/{layout.MANIFEST}"):
         label(name.removesuffix(".parquet"))
-    pipe.send((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    pipe.send((before, _peak_mib()))
+
+
+def _peak_mib() -> float:
+    """Of this process; what getrusage tells is handed on to children, by whoever started them."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def memory(options: argparse.Namespace) -> list[dict]:
