@@ -20,7 +20,7 @@ import pyarrow as pa
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Kmeans, Pretrain
 from hubert_ray.config.sizes import ModelSize
-from hubert_ray.data.frames import CONV_KERNELS, RECEPTIVE_FIELD, SAMPLE_RATE, frames_of
+from hubert_ray.data.frames import CONV_KERNELS, SAMPLE_RATE, frames_at, frames_of
 from hubert_ray.data.index import Index, repeated
 from hubert_ray.data.labels import LabelStore
 from hubert_ray.data.shards import AudioReader, draw_share
@@ -213,12 +213,11 @@ def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, 
         f"{' + '.join(map(str, kmeans.classes))} clusters",
         "labels beyond the model's classes, or all of one class",
     )
-    expected, stride = 0, SAMPLE_RATE // frame_rate_hz
+    expected = 0
     train = Index.open(corpus.storage, corpus.path).split("train")
     for shard, rows in train.by_shard():
         chosen_N = draw_share(shard.utterances, kmeans.sample_share, kmeans.seed, shard.name) + rows.start
-        samples_N = train.numbers("samples")[chosen_N].astype(np.int64)
-        expected += int(((samples_N - RECEPTIVE_FIELD) // stride + 1).sum())
+        expected += int(frames_at(train.numbers("samples")[chosen_N], frame_rate_hz).sum())
     fitted = codebook.require().facts["frames"]
     yield Finding(
         f"{name}.codebook.train_only",

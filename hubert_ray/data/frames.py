@@ -9,6 +9,8 @@ a label frame.)
 
 from __future__ import annotations
 
+import numpy as np
+
 from hubert_ray.errors import HubertRayError
 
 SAMPLE_RATE = 16_000
@@ -40,6 +42,11 @@ def samples_of(frames: int) -> int:
 def mfcc_frames_of(samples: int) -> int:
     """MFCC frames (100 Hz) of `samples` samples; between 2T-1 and 2T for T model frames."""
     return (samples - RECEPTIVE_FIELD) // MFCC_STRIDE + 1 if samples >= RECEPTIVE_FIELD else 0
+
+
+def frames_at(samples_N: np.ndarray, rate_hz: int) -> np.ndarray:
+    """How many frames a teacher of `rate_hz` (50 or 100) makes of each of some lengths; (N,) int64, 0 below one receptive field."""
+    return np.maximum(0, (samples_N.astype(np.int64) - RECEPTIVE_FIELD) // (SAMPLE_RATE // rate_hz) + 1)
 
 
 def labels_per_frame(label_rate_hz: int) -> int:

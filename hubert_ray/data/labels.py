@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from hubert_ray.data.frames import frames_at
 from hubert_ray.data.index import Index
 from hubert_ray.data.shards import Manifest
 from hubert_ray.errors import LabelError
@@ -96,9 +96,7 @@ class LabelStore:
 
     def _counts(self, rows: slice) -> np.ndarray:
         """How many labels each of some rows has, int64."""
-        stride = SAMPLE_RATE // self.frame_rate_hz
-        frames_N = np.maximum(0, (self._samples[rows].astype(np.int64) - RECEPTIVE_FIELD) // stride + 1)
-        return frames_N * self._streams
+        return frames_at(self._samples[rows], self.frame_rate_hz) * self._streams
 
     def _sums(self, rows: int) -> np.ndarray:
         """How many labels lie before row 0, row 1024, …, and in all."""

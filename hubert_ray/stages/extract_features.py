@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from hubert_ray.config.recipe import Mfcc
 from hubert_ray.data.collate import UtteranceReader
-from hubert_ray.data.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from hubert_ray.data.frames import frames_at
 from hubert_ray.data.index import Index
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
@@ -115,9 +115,9 @@ class _Writer:
 def extract_features(work: Work, source: Source, dtype: str) -> dict[str, Any]:
     """Writes one Arrow file per shard."""
     corpus = work.inputs["corpus"].path
-    index, stride = Index.open(work.storage, corpus), SAMPLE_RATE // source.frame_rate_hz
-    lengths = (index.numbers("samples")[rows].astype(np.int64) for _, rows in index.by_shard())
-    frames = sum(int(((samples_N - RECEPTIVE_FIELD) // stride + 1).sum()) for samples_N in lengths)
+    index = Index.open(work.storage, corpus)
+    lengths = (index.numbers("samples")[rows] for _, rows in index.by_shard())
+    frames = sum(int(frames_at(samples_N, source.frame_rate_hz).sum()) for samples_N in lengths)
     size = frames * source.dim * np.dtype(dtype).itemsize
     shards = [shard.name for shard in index.shards]
     missing = [shard for shard in shards if not work.storage.exists(work.output.file(layout.feature_part(shard)))]

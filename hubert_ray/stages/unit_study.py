@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from hubert_ray.config.recipe import Kmeans, Layer, Mfcc
 from hubert_ray.data.collate import UtteranceReader
 from hubert_ray.data.draw import draw
-from hubert_ray.data.frames import SAMPLE_RATE, frames_of, mfcc_frames_of
+from hubert_ray.data.frames import SAMPLE_RATE, frames_at
 from hubert_ray.data.index import Index, Shard
 from hubert_ray.data.shards import AudioReader, Manifest
 from hubert_ray.distributed.shard_map import shard_map
@@ -124,8 +124,7 @@ class _Pool:
 
     def __init__(self, manifest: Manifest, reader: AudioReader, extract: FeatureExtractor):
         self.samples_U = manifest.numbers("samples")
-        count = frames_of if extract.frame_rate_hz == 50 else mfcc_frames_of
-        self._ends_U = np.cumsum([count(int(samples)) for samples in self.samples_U])
+        self._ends_U = np.cumsum(frames_at(self.samples_U, extract.frame_rate_hz))
         self.frames_ND = np.empty((self._ends_U[-1], extract.dim), dtype=np.float32)
         utterances = UtteranceReader(reader, manifest, normalize=False)
         for row, frames_FD in enumerate(chain.from_iterable(in_groups(extract, utterances))):

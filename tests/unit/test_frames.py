@@ -6,6 +6,7 @@ import pytest
 from hubert_ray.data.frames import (
     FrameError,
     crop_labels,
+    frames_at,
     frames_of,
     label_index,
     mfcc_frames_of,
@@ -62,3 +63,9 @@ def test_wrong_input_is_refused():
     assert crop_labels(0, 10, 100, available=19) == slice(0, 19, 2)
     with pytest.raises(FrameError, match="0 frames"):
         samples_of(0)
+
+
+def test_frames_of_many_lengths_are_those_of_each():
+    lengths = np.concatenate([[0, 1], np.arange(395, 2100)]).astype(np.uint32)
+    assert frames_at(lengths, 50).tolist() == [frames_of(int(n)) for n in lengths]
+    assert frames_at(lengths, 100).tolist() == [mfcc_frames_of(int(n)) for n in lengths]
