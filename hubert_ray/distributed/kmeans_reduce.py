@@ -34,6 +34,7 @@ LANES = 64
 ROUNDS = 5  # of k-means‖; Bahmani et al. find no gain in more
 Subtree = tuple[int, int]  # (first lane, number of lanes, a power of two that divides the first)
 Sums = dict[Subtree, list[Partial] | None]  # None: no lane of it has a block
+_IN_A_CALL = 65_536  # bytes that are quicker sent with each call than fetched from the object store
 LOST = -1  # in place of a number of frames: the holder died before it had the block
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ class BlockHolder:
     def rows(self, wanted: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Chosen rows of chosen blocks, for seeding."""
         return {position: self._blocks[position][rows] for position, rows in wanted.items()}
+
+    def seed(
+        self, frames: tuple[np.ndarray, np.ndarray | None] | None, clusters: int, draws: dict[int, np.random.Generator]
+    ) -> dict[int, tuple[np.ndarray, float]]:
+        """Starting centroids from (frames, their weights), by the number of the draw; `frames` are None where it has none."""
+        return {number: kmeans.seed(*frames, clusters, rng) for number, rng in draws.items()} if frames else {}
 
     def far_rows(self, fit: Fit, share: float, key: int) -> dict[int, np.ndarray]:
         """Frames drawn with a chance of `share` times their squared distance to the nearest centroid, by block."""
@@ -225,6 +232,23 @@ class FeatureSample:
         found = {p: rows for answer in self._ask(ask) for p, rows in answer.items()}
         return np.concatenate([found[p] for p in sorted(found)])
 
+    def seed(
+        self,
+        frames_ND: np.ndarray,
+        clusters: int,
+        draws: list[np.random.Generator],
+        weights_N: np.ndarray | None = None,
+    ) -> list[tuple[np.ndarray, float]]:
+        """`units.kmeans.seed` with each generator of `draws`, shared out among the holders."""
+        frames, holders = ray.put((frames_ND, weights_N)), len(self._holders)
+
+        def ask(holder: Any) -> ray.ObjectRef:
+            mine = {n: draws[n] for n in range(self._holders.index(holder), len(draws), holders)}
+            return holder.seed.remote(frames if mine else None, clusters, mine)  # a node without a draw fetches nothing
+
+        found = {number: one for answer in self._ask(ask) for number, one in answer.items()}
+        return [found[number] for number in range(len(draws))]
+
     def oversample(
         self, clusters: int, stride: int, dims: tuple[int, int], rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -251,7 +275,7 @@ class FeatureSample:
 
     def reduce(self, fits: Sequence[Fit]) -> list[Partial]:
         """The sums over the frames of each fit's next pass."""
-        shared = ray.put(list(fits))
+        shared = list(fits) if sum(fit.centroids_KD.nbytes for fit in fits) < _IN_A_CALL else ray.put(list(fits))
         known: Sums = {}
         for answer in self._ask(lambda holder: holder.reduce.remote(shared, self._lanes(self._holders.index(holder)))):
             known |= answer

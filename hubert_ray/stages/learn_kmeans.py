@@ -105,8 +105,9 @@ def first_fits(sample: FeatureSample, settings: Kmeans) -> list[Fit]:
         frames_ND, stride = frames_ND[:, slice(*dims)], lloyd.first_stride(sample.frames, clusters)
         if settings.seeding == "parallel":
             frames_ND, weights_N = sample.oversample(clusters, stride, dims, rng)
+        seeds = sample.seed(frames_ND, clusters, rng.spawn(settings.restarts * settings.seedings), weights_N)
         for restart in range(settings.restarts):
-            centroids_KD = lloyd.seed(frames_ND, clusters, settings.seedings, rng, weights_N)
+            centroids_KD = lloyd.best(seeds[restart :: settings.restarts])
             if settings.algorithm == "lloyd":
                 fits.append(Fit(centroids_KD, stride, stream, restart, dims))
             else:

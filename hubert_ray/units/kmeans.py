@@ -239,20 +239,17 @@ def fit(frames_ND: np.ndarray, clusters: int, settings: Kmeans) -> Fit:
     """A whole fit in one process, of `clusters` centroids by `settings`: what learn_kmeans makes of frames in many."""
     rng = np.random.default_rng(settings.seed)
     rows = np.sort(rng.choice(len(frames_ND), size=min(SEEDING_FRAMES * clusters, len(frames_ND)), replace=False))
-    found = Fit(seed(frames_ND[rows], clusters, settings.seedings, rng), first_stride(len(frames_ND), clusters))
+    start_KD = best([seed(frames_ND[rows], None, clusters, draw) for draw in rng.spawn(settings.seedings)])
+    found = Fit(start_KD, first_stride(len(frames_ND), clusters))
     while not found.done:
         found = found.advance(partial(found.frames(frames_ND, 0), found.centroids_KD), settings)
     return found
 
 
 def seed(
-    frames_ND: np.ndarray,
-    clusters: int,
-    draws: int,
-    rng: np.random.Generator,
-    weights_N: np.ndarray | None = None,
-) -> np.ndarray:
-    """Starting centroids by greedy k-means++, the best of `draws` by inertia on `frames_ND`; (K, D) float32.
+    frames_ND: np.ndarray, weights_N: np.ndarray | None, clusters: int, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """Starting centroids, (K, D) float32, by one draw of greedy k-means++, and their inertia on `frames_ND`.
 
     `weights_N` says how many frames each one stands for; None: each for itself. Raises ValueError where there are fewer frames
     than clusters.
@@ -261,16 +258,17 @@ def seed(
         raise ValueError(f"{len(frames_ND)} frames cannot seed {clusters} clusters")
     frames_ND = np.ascontiguousarray(frames_ND, dtype=np.float32)
     weights_N = np.ones(len(frames_ND), np.float32) if weights_N is None else weights_N.astype(np.float32)
-    candidates = [_plus_plus(frames_ND, weights_N, clusters, rng) for _ in range(draws)]
+    centroids_KD = _plus_plus(frames_ND, weights_N, clusters, rng)
+    return centroids_KD, float((weights_N * assign(frames_ND, centroids_KD)[1]).sum(dtype=np.float64))
 
-    def inertia(centroids_KD: np.ndarray) -> float:
-        return float((weights_N * assign(frames_ND, centroids_KD)[1]).sum(dtype=np.float64))
 
-    return min(candidates, key=inertia)
+def best(seeds: list[tuple[np.ndarray, float]]) -> np.ndarray:
+    """The centroids of the least inertia; the first of equals."""
+    return min(seeds, key=lambda one: one[1])[0]
 
 
 def _plus_plus(frames_ND: np.ndarray, weights_N: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """One k-means++ draw; of 2 + ln K candidates per centroid the one that lowers the inertia most is taken."""
+    """Of 2 + ln K candidates per centroid the one that lowers the inertia most is taken."""
     trials = 2 + int(np.log(clusters))
     squares_N = np.einsum("nd,nd->n", frames_ND, frames_ND)
     chosen = [int(rng.integers(len(frames_ND)))]

@@ -41,7 +41,7 @@ def fit(workers: int, kill_at: int | None = None, max_failures: int = 3):
         assert sum(held) == len(SHARDS)
         assert max(held) - min(held) <= len(SHARDS) / LANES + 1, "the holders' shares are uneven"
         rng = np.random.default_rng(0)
-        centroids = kmeans.seed(sample.draw(500, rng), CLUSTERS, 2, rng)
+        centroids = kmeans.best(sample.seed(sample.draw(500, rng), CLUSTERS, rng.spawn(3)))
         for number in range(PASSES):
             if number == kill_at:
                 victim = sample._holders[-1]
@@ -62,7 +62,7 @@ def test_fit_equals_plain_lloyd_in_one_process(alone):
     frames = np.concatenate(blocks)
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(len(frames), 500, replace=False))
-    centroids = kmeans.seed(frames[chosen], CLUSTERS, 2, rng)
+    centroids = kmeans.best([kmeans.seed(frames[chosen], None, CLUSTERS, draw) for draw in rng.spawn(3)])
     for _ in range(PASSES):
         centroids = kmeans.update(kmeans.partial(frames, centroids), centroids)
     assert alone[2] == len(frames)

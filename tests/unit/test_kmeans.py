@@ -59,7 +59,7 @@ def test_empty_block_is_nothing():
 
 def test_lloyd_never_raises_the_inertia_and_finds_blobs():
     frames = blobs()
-    centroids = kmeans.seed(frames, 6, 3, np.random.default_rng(0))
+    centroids = kmeans.seed(frames, None, 6, np.random.default_rng(0))[0]
     history = []
     for _ in range(10):
         part = kmeans.partial(frames, centroids)
@@ -80,11 +80,11 @@ def test_empty_clusters_are_filled():
 def test_seeding_beats_random_rows_and_needs_enough_frames():
     frames = blobs(clusters=30)
     rng = np.random.default_rng(0)
-    seeded = kmeans.partial(frames, kmeans.seed(frames, 30, 2, rng)).inertia
+    seeded = kmeans.partial(frames, kmeans.seed(frames, None, 30, rng)[0]).inertia
     randoms = [kmeans.partial(frames, frames[rng.choice(len(frames), 30, replace=False)]).inertia for _ in range(5)]
     assert seeded < min(randoms)
     with pytest.raises(ValueError, match="3 frames cannot seed 5"):
-        kmeans.seed(frames[:3], 5, 1, rng)
+        kmeans.seed(frames[:3], None, 5, rng)
 
 
 def test_half_precision_frames_are_summed_in_full():
@@ -117,7 +117,7 @@ def fitted(frames, start, **settings):
 
 def test_a_fit_grows_to_all_frames_and_ends_settled():
     frames = blobs(count=90_000, clusters=30)
-    start = kmeans.seed(frames[::90], 20, 1, np.random.default_rng(0))
+    start = kmeans.seed(frames[::90], None, 20, np.random.default_rng(0))[0]
     fit, strides = fitted(frames, start)
     assert sorted(set(strides)) == [1, 4, 16]
     assert strides == sorted(strides, reverse=True)
@@ -131,7 +131,7 @@ def test_a_fit_grows_to_all_frames_and_ends_settled():
 
 def test_a_fit_ends_when_its_passes_are_used_up():
     frames = blobs(count=5000, clusters=30)
-    start = kmeans.seed(frames[::10], 20, 1, np.random.default_rng(0))
+    start = kmeans.seed(frames[::10], None, 20, np.random.default_rng(0))[0]
     fit, strides = fitted(frames, start, tolerance=0.0, max_iterations=3)
     assert strides.count(1) <= 4
     assert len(fit.inertia_history) <= 4
@@ -140,7 +140,7 @@ def test_a_fit_ends_when_its_passes_are_used_up():
 @pytest.mark.parametrize("frames_a_cluster", [4, 30, 300, 1500])
 def test_growing_costs_no_quality(frames_a_cluster):
     frames = blobs(count=40 * frames_a_cluster, clusters=60)
-    start = kmeans.seed(frames[: max(60, len(frames) // 40)], 40, 1, np.random.default_rng(0))
+    start = kmeans.seed(frames[: max(60, len(frames) // 40)], None, 40, np.random.default_rng(0))[0]
     grown = fitted(frames, start)[0].inertia_history[-1]
     direct = kmeans.partial(frames, lloyd(frames, start, 60)).inertia / len(frames)
     assert grown < 1.02 * direct
@@ -148,7 +148,7 @@ def test_growing_costs_no_quality(frames_a_cluster):
 
 def test_mini_batches_end_near_lloyd_and_settled():
     frames = blobs(count=50_000, clusters=30)
-    start = kmeans.seed(frames[::50], 20, 1, np.random.default_rng(0))
+    start = kmeans.seed(frames[::50], None, 20, np.random.default_rng(0))[0]
     settings = Kmeans(clusters=20, algorithm="mini_batch")
     fit = kmeans.MiniBatchFit(start, kmeans.batch_stride(len(frames)), seed=3)
     batches = []
@@ -190,13 +190,17 @@ def test_seeding_minds_weights():
     """0 and 1 stand for 300 frames each, the two at 10 for one each: greedy draws prefer 0 and 1, the best of several even more."""
     frames, weights = np.array([[0], [1], [10], [10]], dtype=np.float32), np.array([300, 300, 1, 1])
 
+    def seeds(draws, seed):
+        return [kmeans.seed(frames, weights, 2, rng) for rng in np.random.default_rng(seed).spawn(draws)]
+
     def found(draws):
-        return [set(kmeans.seed(frames, 2, draws, np.random.default_rng(i), weights)[:, 0]) for i in range(200)]
+        return [set(kmeans.best(seeds(draws, seed))[:, 0]) for seed in range(200)]
 
     assert 65 < sum(centroids == {0, 1} for centroids in found(1)) < 110  # half begin with a 10
     assert sum(centroids == {0, 1} for centroids in found(9)) > 190
-    same = [kmeans.seed(blobs(), 5, 2, np.random.default_rng(0), w) for w in (None, np.ones(3000))]
-    assert same[0].tobytes() == same[1].tobytes()
+    same = [kmeans.seed(blobs(), w, 5, np.random.default_rng(0)) for w in (None, np.ones(3000))]
+    assert same[0][0].tobytes() == same[1][0].tobytes()
+    assert same[0][1] == pytest.approx(kmeans.partial(blobs(), same[0][0]).inertia)
 
 
 def test_a_codebook_of_several_streams_is_several_codebooks():
@@ -232,6 +236,6 @@ def test_a_fit_in_one_process_is_that_of_the_growing_passes():
     assert found.done
     rng = np.random.default_rng(5)
     rows = np.sort(rng.choice(3000, size=20 * kmeans.SEEDING_FRAMES, replace=False))
-    start = kmeans.seed(frames[rows], 20, chosen.seedings, rng)
+    start = kmeans.best([kmeans.seed(frames[rows], None, 20, draw) for draw in rng.spawn(chosen.seedings)])
     np.testing.assert_array_equal(found.centroids_KD, fitted(frames, start)[0].centroids_KD)
     assert not np.array_equal(kmeans.fit(frames, 20, Kmeans(clusters=20, seed=6)).centroids_KD, found.centroids_KD)
