@@ -206,9 +206,10 @@ def _read(file: soundfile.SoundFile, samples: int) -> np.ndarray:
     wave_SC = file.read(frames=samples, dtype="float32", always_2d=True)
     if len(wave_SC) < samples:
         raise AudioError("undecodable", f"ends after {len(wave_SC)} of {samples} samples")
-    finite_SC = np.isfinite(wave_SC)
-    if not finite_SC.all():
-        raise AudioError("not_finite", f"{np.count_nonzero(~finite_SC)} samples are NaN or infinite")
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = wave_SC.sum()  # takes a third of the time of looking at each sample
+    if not np.isfinite(total) and (bad := np.count_nonzero(~np.isfinite(wave_SC))):
+        raise AudioError("not_finite", f"{bad} samples are NaN or infinite")
     return wave_SC
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,12 +60,18 @@ class UtteranceReader:
         """The crops of a micro-batch with their labels."""
         size = samples_of(micro_batch.frames)
         rows, starts = micro_batch.rows.tolist(), micro_batch.starts.tolist()
-        waves = self._threads.map(lambda row, start: self.wave(row)[start : start + size], rows, starts)
+        wave_BS = torch.empty(len(rows), size)
+
+        def cut(wave_S: torch.Tensor, row: int, start: int) -> None:
+            wave_S.copy_(torch.from_numpy(self.wave(row))[start : start + size])
+
+        cuts = self._threads.map(cut, wave_BS, rows, starts)
         targets = [
             labels.window(row, crop_labels(start, micro_batch.frames, labels.frame_rate_hz))
             for row, start in zip(rows, starts, strict=True)
         ]
-        return Crops(torch.from_numpy(np.stack(list(waves))), torch.from_numpy(np.stack(targets).astype(np.int64)))
+        deque(cuts, maxlen=0)  # until all are there
+        return Crops(wave_BS, torch.from_numpy(np.stack(targets).astype(np.int64)))
 
     def groups(self, seconds: float) -> Iterator[list[int]]:
         """All rows in order, in groups of about `seconds` of audio: what may be decoded at a time."""

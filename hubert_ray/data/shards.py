@@ -19,6 +19,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -290,7 +291,7 @@ def draw_share(utterances: int, share: float, seed: int, shard: str) -> np.ndarr
 
 
 class AudioReader:
-    """Reads manifest rows by range of their shards, in any number of threads at once, and decodes them in some of these.
+    """Reads manifest rows by range of their shards, in any number of threads at once, and decodes them in threads of its own.
 
     Decoding of whole recordings is held to the processors of the worker, which Ray names in OMP_NUM_THREADS: on a machine
     that trains on its CPUs it takes no more than one step's thread does. Ranges of long ones wait for storage while they
@@ -308,7 +309,8 @@ class AudioReader:
         self._locations: Locations | None = None  # read when the first shard is opened
         self._lock = threading.Lock()
         cpus = os.environ.get("OMP_NUM_THREADS", "")
-        self._decoders = threading.Semaphore(max(1, int(cpus) if cpus.isdigit() else os.cpu_count() or 1))
+        decoders = max(1, int(cpus) if cpus.isdigit() else os.cpu_count() or 1)
+        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Raises CorpusError where the shard is missing or shorter than its manifest says."""
@@ -369,9 +371,7 @@ class AudioReader:
     def wave(self, shard: str, offset: int, size: int, first: int = 0, stored_samples: int = -1) -> np.ndarray:
         """The decoded 16 kHz waveform of an utterance, shape (S,): of the whole recording, or of a range of its stored samples."""
         if stored_samples == -1:
-            data = self.read(shard, offset, size)
-            with self._decoders:
-                return audio.decode(data)
+            return self._decoders.submit(audio.decode, self.read(shard, offset, size)).result()
         window = Window(lambda start, count: self.read(shard, offset + start, count), size)
         try:
             wave_S = audio.decode_range(window, first, stored_samples)

@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -21,37 +20,25 @@ class Telemetry:
         self._storage = storage
         self._folder = folder
         self._rows = [row for row in read(storage, folder) if row["step"] <= resume_step]
-        self._local = tempfile.TemporaryDirectory(prefix="hubert-ray-tensorboard-")
-        self._writer: Any = None
 
     def log(self, row: dict[str, float]) -> None:
         """Adds a row; `row["step"]` counts finished steps. The file on storage is whole after each call."""
         self._rows.append(row)
         data = b"".join(msgspec.json.encode(r) + b"\n" for r in self._rows)
         self._storage.write(f"{self._folder}/{layout.METRICS}", data)
-        self._tensorboard(row)
-
-    def _tensorboard(self, row: dict[str, float]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports that only rank 0 needs
-
-            self._writer = SummaryWriter(self._local.name)
-            for old in self._rows[:-1]:
-                self._add(old)
-        self._add(row)
-
-    def _add(self, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Puts the TensorBoard file beside the metrics."""
-        if self._writer is not None:
-            self._writer.close()
+        """Puts a TensorBoard file of all rows beside the metrics."""
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports that only rank 0 needs
+
+        with tempfile.TemporaryDirectory(prefix="hubert-ray-tensorboard-") as folder:
+            with SummaryWriter(folder) as writer:
+                for row in self._rows:
+                    for name, value in row.items():
+                        if name != "step":
+                            writer.add_scalar(name, value, row["step"])
             self._storage.delete(f"{self._folder}/tensorboard")
-            self._storage.upload(Path(self._local.name), f"{self._folder}/tensorboard")
-        self._local.cleanup()
+            self._storage.upload(Path(folder), f"{self._folder}/tensorboard")
 
 
 class Progress:

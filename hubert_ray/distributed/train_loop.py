@@ -12,7 +12,6 @@ killed driver and a changed number of workers the same case.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -169,14 +168,12 @@ def train_alone(job: TrainJob, cluster: Cluster, report: Callable[[dict[str, flo
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
     }  # DeepSpeed reads them even beside a process group
-    with tempfile.TemporaryDirectory(prefix="hubert-ray-rendezvous-") as folder:
-        store = torch.distributed.FileStore(f"{folder}/store", 1)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        try:
-            train(job, cluster, device, report)
-        finally:
-            torch.distributed.destroy_process_group()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        train(job, cluster, device, report)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def train(

@@ -9,6 +9,7 @@ pyarrow gives up after 6). A store that is away for longer is an error of the pi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import tempfile
@@ -114,7 +115,8 @@ class Storage:
         """Removes a file or a whole folder; it may be absent."""
         info = self.filesystem.get_file_info(self.full(path))
         if info.type == fs.FileType.Directory:
-            self.filesystem.delete_dir(info.path)
+            with contextlib.suppress(FileNotFoundError):  # of gs://, which misses the folder's own object in the end
+                self.filesystem.delete_dir(info.path)
         elif info.type == fs.FileType.File:
             self.filesystem.delete_file(info.path)
 
@@ -128,8 +130,15 @@ class Storage:
 
         A file's name that is not UTF-8 is written with surrogates, as Python writes it. Raises StorageError for such a folder.
         """
-        files, folders = {}, []
-        for info in self.filesystem.get_file_info(fs.FileSelector(self.full(path), allow_not_found=True)):
+        files, folders = {}, set()
+        # pyarrow's gs:// sees a folder only if there is an object of its name; what lies below tells of all.
+        deep = isinstance(self.filesystem, fs.GcsFileSystem)
+        selector = fs.FileSelector(self.full(path), recursive=deep, allow_not_found=True)
+        for info in self.filesystem.get_file_info(selector):
+            folder, below, _ = info.path.removeprefix(f"{self.full(path)}/").partition("/") if deep else ("", "", "")
+            if below:
+                folders.add(folder)
+                continue
             try:
                 name = info.base_name
             except UnicodeDecodeError as error:
@@ -141,7 +150,7 @@ class Storage:
             if info.type == fs.FileType.File and not name.startswith(HIDDEN):
                 files[name] = info.size
             elif info.type == fs.FileType.Directory:
-                folders.append(name)
+                folders.add(name)
         return dict(sorted(files.items())), tuple(sorted(folders))
 
     def walk(self, path: str = "", above: frozenset[str] = frozenset()) -> Iterator[tuple[str, dict[str, int]]]:
