@@ -164,8 +164,11 @@ def _path(recipe: Recipe, stage: Stage) -> str:
 
 
 def _identity_settings(stage: Stage) -> dict[str, Any]:
-    """A stage's settings as plain data, without the places where things lie."""
+    """A stage's settings as plain data, without the places where things lie and how often it says how it is doing."""
     settings = msgspec.to_builtins(stage.settings)
+    if stage.kind == "pretrain":
+        for name in ("checkpoint_steps", "log_steps"):
+            del settings["settings"][name]
     if "corpus" in settings:
         corpus = settings["corpus"]
         for part in corpus.get("parts", [corpus]):

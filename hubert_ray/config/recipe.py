@@ -226,9 +226,8 @@ class Kmeans(Settings, frozen=True, kw_only=True):
     algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
     # parallel: k-means‖ in the holders instead of k-means++ on a subsample; why not by default: kmeans_reduce.py, oversample
     seeding: Literal["plus_plus", "parallel"] = "plus_plus"
-    seedings: Count = (
-        3  # refined k-means++ draws on the seeding subsample, of which the best is kept; fairseq: n_init 20
-    )
+    # refined k-means++ draws on the seeding subsample, side by side, of which the best is kept; fairseq: n_init 20
+    seedings: Count = 4
     restarts: Count = (
         1  # whole fits from other seeds, side by side over the same frames; the one of least inertia is kept
     )

@@ -9,7 +9,7 @@ HuBERT (Hsu et al. 2021) II-A, IV-B, IV-E.
 from __future__ import annotations
 
 import io
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import msgspec
@@ -26,7 +26,7 @@ from hubert_ray.errors import LabelError
 from hubert_ray.stages.context import TeacherAt, Work, teacher_at
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
-from hubert_ray.units.features import in_groups
+from hubert_ray.units.features import FeatureExtractor, in_groups
 from hubert_ray.units.kmeans import Codebook
 from hubert_ray.units.quality import PhoneCounts, entropy_bits
 
@@ -37,8 +37,12 @@ class Labeller:
     def __init__(self, storage: Storage, corpus: str, folder: str, teacher: TeacherAt, codebook: Codebook, device: str):
         self._storage, self._corpus, self._folder = storage, corpus, folder
         self._reader = AudioReader(storage, corpus)
-        self._extractor = teacher.open()
-        self._codebook, self._device = codebook, torch.device(device)
+        self._teacher, self._codebook, self._device = teacher, codebook, torch.device(device)
+
+    @cached_property
+    def _extractor(self) -> FeatureExtractor:
+        """Opened for the first shard that has no part yet."""
+        return self._teacher.open()
 
     def __call__(self, shard: str) -> dict[str, Any]:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard)

@@ -255,13 +255,15 @@ def test_fingerprints_change_with_settings_and_flow_downstream_only(tmp_path):
     assert not changed & {"prepare_data", "iter1/learn_kmeans", "iter1/assign_labels", "iter1/pretrain"}
 
 
-def test_the_balance_of_a_mix_is_nothing_to_a_corpus_that_is_none(tmp_path):
+def test_what_changes_no_number_is_no_part_of_identity(tmp_path):
     def fingerprints(*overrides):
         planned = pipeline.plan(load_recipe("demo", list(overrides)), Storage(str(tmp_path)))
         return [p.artifact.identity.fingerprint for p in planned]
 
     balance = [f"iterations.iter1.pretrain.{name}_alpha=0.5" for name in ("language", "dataset")]
     assert fingerprints(*balance) == fingerprints()
+    often = [f"iterations.iter1.pretrain.{name}_steps=7" for name in ("log", "checkpoint")]
+    assert fingerprints(*often) == fingerprints() != fingerprints("iterations.iter1.pretrain.steps=7")
 
 
 @pytest.mark.parametrize("kind", ["librispeech", "folder", "table", "parquet", "webdataset"])
