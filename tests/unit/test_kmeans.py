@@ -87,6 +87,15 @@ def test_seeding_beats_random_rows_and_needs_enough_frames():
         kmeans.seed(frames[:3], None, 5, rng)
 
 
+def test_seeding_finds_the_clusters_of_wide_features():
+    """Which it sees through a random projection only; the centroids are frames as they are."""
+    frames = blobs(count=2000, dim=700, clusters=20)
+    centroids, inertia = kmeans.seed(frames, None, 20, np.random.default_rng(0))
+    assert {row.tobytes() for row in centroids} <= {row.tobytes() for row in frames}
+    assert inertia == pytest.approx(kmeans.partial(frames, centroids).inertia)
+    assert inertia / len(frames) < 2 * 700 * 1.05  # each cluster has a frame: twice the variance of one
+
+
 def test_half_precision_frames_are_summed_in_full():
     frames, centroids = blobs(count=40_000), blobs(count=9, seed=1)  # more than are widened at a time
     half = frames.astype(np.float16)
