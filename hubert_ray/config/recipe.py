@@ -301,7 +301,8 @@ class Sweep(Settings, frozen=True, kw_only=True):
         0.5,
         0.75,
     )  # uniform range of mask_prob of the time masks, as in Mask.prob
-    rungs: Count = 3  # dev evaluations per trial, evenly spaced; ASHA may stop the worse half at each
+    # dev evaluations per trial, each after twice the steps; at each ASHA may stop the half with the worse character error rate
+    rungs: Count = 3
     seed: Natural = 0
 
 

@@ -143,8 +143,8 @@ class CtcTask:
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
-        """Greedy word error rate on dev, batched by length: padding does not change a result."""
-        errors = ErrorRate()
+        """Greedy word and character error rates on dev, batched by length: padding does not change a result."""
+        words, characters = ErrorRate(), ErrorRate()
         for first in range(0, len(self._dev_order), 16):
             rows = self._dev_order[first : first + 16]
             audio = self._dev.padded(rows)
@@ -152,8 +152,9 @@ class CtcTask:
             log_probs_BTV, frames_B = self.module.model(audio.wave_BS.to(device), audio.samples_B)
             for k, row in enumerate(rows):
                 hypothesis = greedy(log_probs_BTV[k, : frames_B[k]].cpu())
-                errors = errors + wer.word_errors(self._references[row], hypothesis)
-        return {"dev_wer": errors.rate}
+                words += wer.word_errors(self._references[row], hypothesis)
+                characters += wer.character_errors(self._references[row], hypothesis)
+        return {"dev_wer": words.rate, "dev_cer": characters.rate}
 
     def weights(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state = {name: value.cpu().float() for name, value in self.module.state_dict().items()} | values
@@ -186,7 +187,8 @@ def finetune(work: Work, start: Start, settings: Finetune, sweep: Sweep) -> dict
         )
         for number, choice in enumerate(choices)
     ]
-    results = run_trials(trials, "dev_wer", rungs, work.output.file("tune"), work.storage, work.cluster)
+    # Characters tell trials apart from the first rung on, where nearly every word is still wrong in all of them.
+    results = run_trials(trials, "dev_cer", rungs, work.output.file("tune"), work.storage, work.cluster)
     rows = [_row(result, choice, start, settings.steps) for result, choice in zip(results, choices, strict=True)]
     finished = [row for row in rows if not row["stopped_early"]]
     if not finished:
