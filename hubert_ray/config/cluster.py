@@ -6,7 +6,9 @@ are added, and `precision`. What was used is recorded in each seal.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from hubert_ray.config.values import Count, Natural, NotNegative, Settings
 
@@ -22,7 +24,9 @@ class Cluster(Settings, frozen=True, kw_only=True):
     data_workers: Count = 2  # actors at most that read shards, extract features, label, decode
     data_cpus: NotNegative = 1.0  # per actor
     data_gpus: NotNegative = 0.0  # per actor
-    kmeans_workers: Count = 2  # actors that hold the feature sample
+    kmeans_workers: Annotated[int, Meta(ge=1, le=64)] = (
+        2  # actors that hold the feature sample, each with some of 64 lanes
+    )
     kmeans_cpus: NotNegative = (
         0.0  # per such actor; above 0 on a cluster, so that they land on worker nodes and not on the head
     )

@@ -23,13 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hubert_ray.data.frames import frames_at
-from hubert_ray.data.index import Index
+from hubert_ray.data.index import Index, Shard
+from hubert_ray.data.loader import ahead
 from hubert_ray.data.shards import Manifest
 from hubert_ray.errors import LabelError
 from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.filesystem import Storage
 
 _LABELS_AT_ONCE = 2**22
+PARTS_AHEAD = 8  # label parts in memory while a store is laid out
 _ROWS_A_PLACE = 1024
 
 
@@ -83,15 +85,20 @@ class LabelStore:
         return _mapped(self._file)
 
     def _lay_out(self, file: BinaryIO, storage: Storage, corpus_path: str, labels_path: str, index: Index) -> None:
-        """Writes the labels of all shards in the order of the index."""
-        for shard, rows in index.by_shard():
+        """Writes the labels of all shards in the order of the index; parts are read side by side."""
+
+        def read(place: tuple[Shard, slice]) -> np.ndarray:
+            shard, rows = place
             try:
                 part = schemas.decode(storage.read(f"{labels_path}/{layout.part(shard.name)}"))
             except FileNotFoundError as error:
                 raise LabelError(f"the labels of shard {shard.name} are missing: run assign_labels again") from error
             self._check_rate(part, shard.name)
             ids = Manifest.read(storage, corpus_path, [shard.name], ["utterance_id"]).table["utterance_id"]
-            file.write(self._in_order(part, ids.combine_chunks(), self._counts(rows), shard.name).data)
+            return self._in_order(part, ids.combine_chunks(), self._counts(rows), shard.name)
+
+        for labels in ahead(read, index.by_shard(), PARTS_AHEAD):
+            file.write(labels.data)
         file.flush()
 
     def _counts(self, rows: slice) -> np.ndarray:

@@ -295,16 +295,15 @@ class AudioReader:
 
     Decoding of whole recordings is held to the processors of the worker, which Ray names in OMP_NUM_THREADS: on a machine
     that trains on its CPUs it takes no more than one step's thread does. Ranges of long ones wait for storage while they
-    decode, and are not. Shards stay open, a few of a local disk, many of an object store, where an open file is its size and
-    no more; what counts is where the shard lies, which may be elsewhere than its corpus. Ranges of remote shards are taken
+    decode, and are not. Shards stay open, few of them but on S3, where an open file is its size and no more; what counts is where the shard lies, which may be elsewhere than its corpus. Ranges of remote shards are taken
     from and left in `storage.cache`, if there is one.
     """
 
     def __init__(self, storage: Storage, corpus_path: str, keep_open: int | None = None):
         self._storage = storage
         self._corpus_path = corpus_path
-        self._local = _Kept(keep_open or 32, OrderedDict())
-        self._remote = _Kept(keep_open or 4096, OrderedDict())
+        self._few = _Kept(keep_open or 32, OrderedDict())
+        self._many = _Kept(keep_open or 4096, OrderedDict())
         self._elsewhere: dict[str, Storage] = {}  # by the address in the locations
         self._locations: Locations | None = None  # read when the first shard is opened
         self._lock = threading.Lock()
@@ -333,7 +332,7 @@ class AudioReader:
         """The shard's file. One that falls out is closed when the last thread is done with it."""
         with self._lock:
             storage, path = self._place(shard)
-            kept = self._local if storage.is_local else self._remote
+            kept = self._many if storage.opens_cheaply else self._few
             if shard in kept.shards:
                 kept.shards.move_to_end(shard)
                 return kept.shards[shard]

@@ -35,6 +35,8 @@ ROUNDS = 5  # of k-means‖; Bahmani et al. find no gain in more
 Subtree = tuple[int, int]  # (first lane, number of lanes, a power of two that divides the first)
 Sums = dict[Subtree, list[Partial] | None]  # None: no lane of it has a block
 _IN_A_CALL = 65_536  # bytes that are quicker sent with each call than fetched from the object store
+_SLICE = 2**24  # bytes of features in the object store at a time, per extraction worker
+_DEAD = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)  # what is raised for a holder that is gone
 LOST = -1  # in place of a number of frames: the holder died before it had the block
 logger = logging.getLogger(__name__)
 
@@ -54,10 +56,11 @@ class BlockHolder:
         self._device = torch.device(device)
         self._blocks: dict[int, np.ndarray] = {}
 
-    def put(self, position: int, block_ND: np.ndarray) -> int:
-        """Takes a block; the extraction worker waits for this, which is the back-pressure."""
-        self._blocks[position] = np.array(block_ND)  # own memory: what arrives is a view of the object store
-        return len(block_ND)
+    def put(self, position: int, frames: int, start: int, slice_ND: np.ndarray) -> None:
+        """Takes a slice of a block of so many frames; the extraction worker waits for this, which is the back-pressure."""
+        if start == 0:  # of this shard, or of another try at it
+            self._blocks[position] = np.empty((frames, slice_ND.shape[1]), slice_ND.dtype)
+        self._blocks[position][start : start + len(slice_ND)] = slice_ND
 
     def positions(self) -> list[int]:
         return sorted(self._blocks)
@@ -142,10 +145,13 @@ class _Extract:
     def __call__(self, shard: str) -> dict[str, Any]:
         position, holder = self._owner[shard]
         block_ND = self._source(shard)
+        rows = max(1, _SLICE // max(1, block_ND[:1].nbytes))
         try:
-            return {"position": position, "frames": ray.get(holder.put.remote(position, block_ND))}
-        except ray.exceptions.RayActorError:
+            for start in range(0, max(1, len(block_ND)), rows):
+                ray.get(holder.put.remote(position, len(block_ND), start, block_ND[start : start + rows]))
+        except _DEAD:
             return {"position": position, "frames": LOST}
+        return {"position": position, "frames": len(block_ND)}
 
 
 class FeatureSample:
@@ -156,9 +162,7 @@ class FeatureSample:
         self._shards = list(shards)
         self._cluster = cluster
         self._failures = 0
-        self._holders = [
-            _new_holder(cluster, len(shards)) for _ in range(min(cluster.kmeans_workers, len(shards), LANES))
-        ]
+        self._holders = [_new_holder(cluster, len(shards)) for _ in range(min(cluster.kmeans_workers, len(shards)))]
         self._frames: dict[int, int] = {}
 
     def __enter__(self) -> FeatureSample:
@@ -199,7 +203,7 @@ class FeatureSample:
             for index, reference in enumerate(pending):
                 try:
                     answers.append(ray.get(reference))
-                except ray.exceptions.RayActorError:
+                except _DEAD:
                     lost.append(index)
             if not lost:
                 return answers
@@ -225,9 +229,11 @@ class FeatureSample:
         block = np.searchsorted(bounds, chosen, side="right")
         wanted = {int(p): chosen[block == p] - (bounds[p] - sizes[p]) for p in np.unique(block)}
 
+        owner = {p: self._holder_of(p) for p in wanted}
+
         def ask(holder: Any) -> ray.ObjectRef:
-            mine = {p: rows for p, rows in wanted.items() if self._holders[self._holder_of(p)] is holder}
-            return holder.rows.remote(mine)
+            mine = self._holders.index(holder)
+            return holder.rows.remote({p: rows for p, rows in wanted.items() if owner[p] == mine})
 
         found = {p: rows for answer in self._ask(ask) for p, rows in answer.items()}
         return np.concatenate([found[p] for p in sorted(found)])

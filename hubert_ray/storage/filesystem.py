@@ -4,7 +4,8 @@ One small class over pyarrow's file systems: local paths, `s3://â€¦` and `gs://â
 the URL: `s3://bucket/run?endpoint_override=host:port&scheme=http`). A written file is whole or absent, a read gives all bytes
 or raises. Of an object store every request is repeated when the server answers 5xx or 429, the connection breaks, the body ends
 before its Content-Length, or nothing arrives for 3 seconds: ten times, with waits that double from 50 ms (25 s in all; by itself
-pyarrow gives up after 6). A store that is away for longer is an error of the piece of work, which is done again (`max_failures`).
+pyarrow gives up after 6). gs:// has a client with rules of its own, to which we give the same 25 s. A store that is away for longer is
+an error of the piece of work, which is done again (`max_failures`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import posixpath
 import tempfile
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +27,7 @@ from hubert_ray.storage.cache import RangeCache
 
 HIDDEN = ".part-"  # begins the name of a local file that is being written
 ATTEMPTS = 10  # at a request to S3
+PATIENCE = timedelta(seconds=25)  # with gs://, whose client would try for 15 minutes
 
 
 class Storage:
@@ -67,6 +70,11 @@ class Storage:
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
+    def opens_cheaply(self) -> bool:
+        """Whether an open file costs next to nothing: on S3 it is its size, on a disk a descriptor, on gs:// a download under way."""
+        return isinstance(self.filesystem, fs.S3FileSystem)
 
     def full(self, path: str) -> str:
         return posixpath.join(self.root, path) if path else self.root
@@ -154,7 +162,8 @@ class Storage:
         return dict(sorted(files.items())), tuple(sorted(folders))
 
     def walk(self, path: str = "", above: frozenset[str] = frozenset()) -> Iterator[tuple[str, dict[str, int]]]:
-        """(folder, bytes of its files by name) for every folder from `path` on, parents first, sorted; one folder in memory.
+        """(folder, bytes of its files by name) for every folder from `path` on, parents first, sorted; one folder in memory (of
+        gs://, all that lies below it, listed once more at every depth).
 
         Symbolic links are followed, except to a folder that they lie in.
         """
@@ -237,11 +246,14 @@ class _Writer:
 
 
 def _patient(filesystem: fs.FileSystem) -> fs.FileSystem:
-    """The same file system; if it is S3, with our retries, which a URL cannot ask for."""
-    if not isinstance(filesystem, fs.S3FileSystem):
-        return filesystem
-    _, (settings,) = filesystem.__reduce__()
-    return fs.S3FileSystem(**settings, retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS))
+    """The same file system; if it is an object store's, with our retries, which a URL cannot ask for."""
+    if isinstance(filesystem, fs.S3FileSystem):
+        _, (settings,) = filesystem.__reduce__()
+        return fs.S3FileSystem(**settings, retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS))
+    if isinstance(filesystem, fs.GcsFileSystem):
+        _, (settings,) = filesystem.__reduce__()
+        return fs.GcsFileSystem(**settings | {"retry_time_limit": PATIENCE})
+    return filesystem
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ import ray
 
 from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Kmeans
+from hubert_ray.distributed import kmeans_reduce
 from hubert_ray.distributed.kmeans_reduce import LANES, FeatureSample, lane_of, subtrees, tree_sum
 from hubert_ray.errors import TrainingError
 from hubert_ray.stages.learn_kmeans import first_fits
@@ -210,3 +211,31 @@ def test_a_tree_cut_anywhere_has_the_same_bits(holders):
 def test_too_many_lost_holders_stop_the_fit(ray_local):
     with pytest.raises(TrainingError, match="max_failures = 0"):
         fit(2, kill_at=1, max_failures=0)
+
+
+def test_a_holder_that_is_killed_for_its_memory_is_replaced(ray_local):
+    """Ray raises something else for it than for an actor that died otherwise."""
+
+    @ray.remote
+    def killed():
+        raise ray.exceptions.OutOfMemoryError("the node ran out of memory")
+
+    with FeatureSample(Blocks, SHARDS, Cluster(kmeans_workers=2)) as sample:
+        victim = sample._holders[0]
+        answers = sample._ask(lambda holder: (killed if holder is victim else holder.positions).remote())
+        assert sorted(answers[0] + answers[1]) == list(range(len(SHARDS)))
+        assert sample._holders[0] is not victim
+
+
+def test_blocks_larger_than_a_slice_arrive_whole(ray_local, monkeypatch):
+    monkeypatch.setattr(
+        kmeans_reduce, "_SLICE", 16 * 5 * 4
+    )  # 16 frames; read by the extraction workers, so called here
+    with FeatureSample(Blocks, SHARDS, Cluster(kmeans_workers=1)) as sample:
+        (holder,) = sample._holders
+        extract = kmeans_reduce._Extract(Blocks, {SHARDS[0]: (0, holder), SHARDS[3]: (3, holder)})
+        assert extract(SHARDS[0]) == {"position": 0, "frames": len(Blocks()(SHARDS[0]))}
+        assert extract(SHARDS[3]) == {"position": 3, "frames": 0}
+        rows = ray.get(holder.rows.remote({0: np.arange(len(Blocks()(SHARDS[0]))), 3: np.arange(0)}))
+        np.testing.assert_array_equal(rows[0], Blocks()(SHARDS[0]))
+        assert rows[3].shape == (0, 5)

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import pytest
 
+from hubert_ray.data.shards import AudioReader
 from hubert_ray.errors import StorageError
+from hubert_ray.storage import filesystem
 from hubert_ray.storage.filesystem import Storage
 from tests.faults import faulty_s3
 
@@ -30,7 +33,7 @@ def url(request, tmp_path):
 
 @contextmanager
 def google_storage():
-    """A process of its own: pyarrow's client asks it while it holds the interpreter's lock."""
+    """An API in a process of its own: in a thread of this one it and pyarrow's client wait for each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,6 +46,8 @@ def google_storage():
             with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.1)
+        else:
+            pytest.fail("the emulator did not start")
         yield f"gs://anonymous@speech/hubert?endpoint_override=127.0.0.1:{port}&scheme=http"
     finally:
         server.terminate()
@@ -74,8 +79,9 @@ def test_files_and_folders(url):
     assert [folder for folder, _ in storage.walk()] == ["", "a", "a/deep", "b", "b/c", "b/c/d"]
     assert (storage.is_folder("a"), storage.is_folder("four.bin"), storage.is_folder("e")) == (True, False, False)
     before = storage.version("four.bin")
-    storage.write("four.bin", b"44")
-    assert (storage.read("four.bin"), storage.version("four.bin") != before) == (b"44", True)
+    time.sleep(1.1)  # S3 tells the time to the second
+    storage.write("four.bin", b"5")
+    assert (storage.read("four.bin"), storage.version("four.bin") != before) == (b"5", True)
     storage.delete("a")
     storage.delete("a")  # absent: fine
     storage.delete("four.bin")
@@ -102,3 +108,21 @@ def test_a_place_is_a_folder_or_a_file_in_one(url):
         Storage(f"{path}/a/table.csv{mark}{options}")
     with pytest.raises(StorageError, match="no such folder or file"):
         Storage.of(f"{path}/b{mark}{options}")
+
+
+def test_a_google_store_that_is_away_is_named_soon(monkeypatch):
+    monkeypatch.setattr(filesystem, "PATIENCE", timedelta(seconds=1))
+    with pytest.raises(StorageError, match=r"gs://.*can be reached"):
+        Storage("gs://anonymous@speech/hubert?endpoint_override=127.0.0.1:9&scheme=http")
+
+
+def test_few_files_of_google_stay_open(url):
+    """Each has a download of its whole object under way."""
+    storage = Storage(url)
+    for number in range(40):
+        storage.write(f"c/audio/s{number}.tar", b"12345")
+    reader = AudioReader(storage, "c")
+    for number in range(40):
+        assert reader.read(f"s{number}", 1, 3) == b"234"
+    opened = len(reader._few.shards) + len(reader._many.shards)
+    assert opened == (40 if url.startswith("s3") else 32)
