@@ -242,7 +242,7 @@ def _show(options: argparse.Namespace) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     recipe, storage, cluster = _load(options)
-    nodes = [] if options.no_nodes else _nodes(storage, cluster)
+    nodes = [] if options.no_nodes or not storage.exists("") else _nodes(storage, cluster)  # they would make it
     findings = list(pipeline.examine(recipe, storage, cluster, nodes))
     ok = all(finding.status != "failed" for finding in findings)
     if options.json:

@@ -21,9 +21,9 @@ from hubert_ray.config.cluster import Cluster
 from hubert_ray.config.recipe import Kmeans, Pretrain
 from hubert_ray.config.sizes import ModelSize
 from hubert_ray.data.frames import CONV_KERNELS, SAMPLE_RATE, frames_at, frames_of
-from hubert_ray.data.index import Index, repeated
+from hubert_ray.data.index import Index, Shard, repeated
 from hubert_ray.data.labels import LabelStore
-from hubert_ray.data.shards import AudioReader, draw_share
+from hubert_ray.data.shards import AudioReader, Manifest, draw_share
 from hubert_ray.errors import HubertRayError
 from hubert_ray.machine import NodeReport
 from hubert_ray.storage import layout
@@ -54,7 +54,10 @@ def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
     """Of a sealed corpus: its shards, splits and sample rates; with `read_audio` also its duplicates."""
     index = Index.open(artifact.storage, artifact.path)
     facts = artifact.require().facts
-    yield _shards(artifact.storage, artifact.path, index, f"; make it again after {artifact.remove_command()}")
+    again = f"; make it again after {artifact.remove_command()}"
+    yield _shards(artifact.storage, artifact.path, index, again)
+    if read_audio:
+        yield _manifest(artifact.storage, artifact.path, index, again)
     yield _speakers(index.contents.shared_speakers)
     if read_audio:
         yield _duplicates(artifact.storage, artifact.path, index)
@@ -96,6 +99,25 @@ def _shards(storage: Storage, path: str, index: Index, again: str) -> Finding:
         "failed" if broken else "ok",
         f"{len(broken)} of {len(index.shards)} shards are missing or cut short{_such_as(broken)}{again if broken else ''}",
         "a run that stops in the middle of an epoch",
+    )
+
+
+def _manifest(storage: Storage, path: str, index: Index, again: str) -> Finding:
+    def is_broken(shard: Shard) -> bool:
+        try:
+            return len(Manifest.read(storage, path, [shard.name], ["utterance_id"])) != shard.utterances
+        except (OSError, pa.ArrowException, HubertRayError):
+            return True
+
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = pool.map(is_broken, index.shards)
+        broken = [shard.name for shard, wrong in zip(index.shards, found, strict=True) if wrong]
+    return Finding(
+        "corpus.manifest",
+        "failed" if broken else "ok",
+        f"{len(broken)} of {len(index.shards)} parts of the manifest are missing or have other rows than the index"
+        f"{_such_as(broken)}{again if broken else ''}",
+        "labels and transcripts that are given to other utterances",
     )
 
 
@@ -148,15 +170,15 @@ def label_findings(
     """Of sealed labels: how they are spread over each stream's clusters; with `reread` also whether each utterance has those of its
     frames, and whether they are those that were counted."""
     name = labels.path.split("/")[-2]
-    counted = [stream["histogram"] for stream in labels.read_json(layout.QUALITY)["streams"]]
+    quality = labels.read_json(layout.QUALITY)
     if not reread:
-        yield _spread(name, list(map(np.array, counted)), classes)
+        yield _spread(name, [np.array(stream["histogram"]) for stream in quality["streams"]], classes)
         return
     index = Index.open(corpus.storage, corpus.path)
     try:
         store = LabelStore(corpus.storage, corpus.path, labels.path, index, frame_rate_hz, len(classes))
     except HubertRayError as error:
-        store, said = None, f"{error} First: {labels.remove_command()}"
+        store, said = None, f"{error}, after {labels.remove_command()}"
     yield Finding(
         f"{name}.labels.lengths",
         "ok" if store else "failed",
@@ -169,11 +191,15 @@ def label_findings(
     if store:
         histograms = store.histograms(index.rows_of("train"), classes)
         yield _spread(name, histograms, classes)
-        same = [histogram_K.tolist() for histogram_K in histograms] == counted
+        parts = {shard: f"{labels.path}/{layout.part(shard)}" for shard in quality["parts"]}
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            found = dict(zip(parts, pool.map(labels.storage.sha256, parts.values()), strict=True))
+        altered = [shard for shard, digest in quality["parts"].items() if found[shard] != digest]
         yield Finding(
             f"{name}.labels.unchanged",
-            "ok" if same else "failed",
-            f"the train labels are {'' if same else 'not '}those that were measured when they were made",
+            "failed" if altered else "ok",
+            f"{len(altered)} of {len(parts)} label parts are not those that were written{_such_as(altered)}"
+            + (f"; make them again after {labels.remove_command()}" if altered else ""),
             "training on labels that were replaced or mixed up since",
         )
 
@@ -209,7 +235,7 @@ def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, 
     yield Finding(
         f"{name}.codebook.centroids",
         "ok" if fine else "failed",
-        f"{centroids_KD.shape} {centroids_KD.dtype}, {np.isfinite(centroids_KD).mean():.0%} finite; the recipe has "
+        f"{centroids_KD.shape} {centroids_KD.dtype}, {(~np.isfinite(centroids_KD)).sum()} numbers not finite; the recipe has "
         f"{' + '.join(map(str, kmeans.classes))} clusters",
         "labels beyond the model's classes, or all of one class",
     )
@@ -224,6 +250,18 @@ def codebook_findings(corpus: Artifact, codebook: Artifact, frame_rate_hz: int, 
         "ok" if fitted == expected else "failed",
         f"fitted on {fitted} frames; the sample of the train split has {expected}",
         "clusters that have seen the dev and test speech which they are measured on",
+    )
+
+
+def files_finding(name: str, artifact: Artifact) -> Finding:
+    """Whether the files of a sealed artifact are those that were sealed."""
+    altered, all_files = artifact.altered(), artifact.require().files
+    return Finding(
+        f"{name}.files",
+        "failed" if altered else "ok",
+        f"{len(altered)} of {len(all_files)} files are gone or not those that were sealed{_such_as(altered)}"
+        + (f"; make it again after {artifact.remove_command()}" if altered else ""),
+        "units, labels and scores of something else than their names say",
     )
 
 

@@ -141,9 +141,10 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
     for stage in unroll(recipe):
         inputs = {role: artifacts.get(name) or _elsewhere(storage, name) for role, name in stage.inputs.items()}
         fingerprints = {role: artifact.identity.fingerprint for role, artifact in inputs.items()}
-        if "corpus" in inputs and planned[0].seal:
-            fingerprints["corpus"] = _content(planned[0].seal)
         path = _path(recipe, stage)
+        if "corpus" in inputs:
+            corpus = planned[0].seal
+            fingerprints["corpus"] = _content(corpus) if corpus else _content_of(storage, path, fingerprints["corpus"])
         artifact = Artifact(storage, path, identity_of(stage.kind, _identity_settings(stage), fingerprints))
         if "teacher" in inputs and stage.kind == "learn_kmeans":
             _check_other_teacher(stage.settings["teacher"], stage.settings["kmeans"], inputs["teacher"])
@@ -155,6 +156,14 @@ def plan(recipe: Recipe, storage: Storage) -> list[Planned]:
 def _content(corpus: Seal) -> str:
     """What was read in belongs to the identity of all that is made of a corpus; where it was read from does not."""
     return f"{corpus.fingerprint}-{corpus.facts['content']}"
+
+
+def _content_of(storage: Storage, path: str, corpus: str) -> str:
+    """What stands in the place of `_content` while the corpus has no seal: the content that an artifact was made from, if it was
+    of this corpus. Its own seal will tell."""
+    there = Artifact(storage, path, Identity("", {}, {})).identity_there()
+    found = there.inputs.get("corpus", "") if there else ""
+    return found if found.startswith(f"{corpus}-") else corpus
 
 
 def _path(recipe: Recipe, stage: Stage) -> str:
@@ -305,6 +314,11 @@ def examine(recipe: Recipe, storage: Storage, cluster: Cluster, nodes: list[Node
     """Every check of a run: of what is finished, of the nodes (none: not asked), and of GPU memory for what is to come."""
     from hubert_ray import health
 
+    if not storage.exists(""):
+        yield health.Finding(
+            "run.storage", "failed", f"there is nothing at {storage.url}", "looking at the wrong storage"
+        )
+        return
     try:
         steps = plan(recipe, storage)
     except HubertRayError as error:
@@ -317,10 +331,12 @@ def examine(recipe: Recipe, storage: Storage, cluster: Cluster, nodes: list[Node
         yield health.Finding("run.finished", "ok" if done else "warning", said, "looking at the wrong storage or run")
     for step in steps:
         try:
+            if step.seal:
+                yield health.files_finding(step.stage.name, step.artifact)
             yield from findings_of(step, reread=True)
         except Exception as error:  # whatever a damaged file makes a library raise
             said = f"cannot be read ({type(error).__name__}: {error}); make it again after {step.artifact.remove_command()}"
-            yield health.Finding(f"{step.stage.name}.files", "failed", said, "a later stage that dies of it")
+            yield health.Finding(f"{step.stage.name}.readable", "failed", said, "a later stage that dies of it")
     if steps and not steps[0].seal:
         yield _source_finding(recipe)
     if nodes:

@@ -205,13 +205,19 @@ def _windows(window_seconds: float, context_seconds: float, label_rate_hz: int) 
 
 
 def _copy(artifact: Artifact, name: str, target: Storage) -> str:
-    """Copies one file into a bundle, a little at a time. Returns its sha256."""
-    digest = hashlib.sha256()
+    """Copies one file of a sealed artifact into a bundle, a little at a time. Returns its sha256; raises BundleError where that is
+    not what was sealed."""
+    digest, sealed = hashlib.sha256(), artifact.require().files[name]
     with artifact.storage.open(artifact.file(name)) as source, target.create(name) as copy:
         while some := source.read(2**24):
             digest.update(some)
             copy.write(some)
-    return digest.hexdigest()
+        if digest.hexdigest() != sealed:
+            raise BundleError(
+                f"{artifact.file(name)}: found sha256 {digest.hexdigest()[:16]}…, sealed was {sealed[:16]}…; make it again after "
+                f"{artifact.remove_command()}"
+            )
+    return sealed
 
 
 def load_units(path: str | Path, device: str | torch.device = "cpu") -> UnitBundle:

@@ -77,7 +77,8 @@ def recordings(paths: list[str]) -> Iterator[tuple[str, str]]:
                 if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                     found += 1
                     file = os.path.join(folder, name)
-                    yield Path(file).relative_to(path).with_suffix("").as_posix(), file
+                    known = os.fsencode(Path(file).relative_to(path).with_suffix("").as_posix())
+                    yield known.decode(errors="replace"), file  # the output is UTF-8, which a file's name need not be
         if not found:
             raise CorpusError(f"'{path}' holds no {', '.join(SUFFIXES)} files")
 

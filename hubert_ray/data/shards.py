@@ -295,8 +295,9 @@ class AudioReader:
 
     Decoding of whole recordings is held to the processors of the worker, which Ray names in OMP_NUM_THREADS: on a machine
     that trains on its CPUs it takes no more than one step's thread does. Ranges of long ones wait for storage while they
-    decode, and are not. Shards stay open, few of them but on S3, where an open file is its size and no more; what counts is where the shard lies, which may be elsewhere than its corpus. Ranges of remote shards are taken
-    from and left in `storage.cache`, if there is one.
+    decode, and are not. Shards stay open, few of them but on S3, where an open file is its size and no more; what counts is
+    where the shard lies, which may be elsewhere than its corpus. Ranges of remote shards are taken from and left in
+    `storage.cache`, if there is one.
     """
 
     def __init__(self, storage: Storage, corpus_path: str, keep_open: int | None = None):
@@ -370,7 +371,13 @@ class AudioReader:
     def wave(self, shard: str, offset: int, size: int, first: int = 0, stored_samples: int = -1) -> np.ndarray:
         """The decoded 16 kHz waveform of an utterance, shape (S,): of the whole recording, or of a range of its stored samples."""
         if stored_samples == -1:
-            return self._decoders.submit(audio.decode, self.read(shard, offset, size)).result()
+            try:
+                return self._decoders.submit(audio.decode, self.read(shard, offset, size)).result()
+            except AudioError as error:
+                raise CorpusError(
+                    f"shard '{shard}', bytes {offset} to {offset + size}: {error}. When the corpus was made this could be "
+                    "decoded: the shard was altered or damaged. Remove the corpus and run prepare_data again."
+                ) from error
         window = Window(lambda start, count: self.read(shard, offset + start, count), size)
         try:
             wave_S = audio.decode_range(window, first, stored_samples)

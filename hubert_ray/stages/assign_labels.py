@@ -8,6 +8,7 @@ HuBERT (Hsu et al. 2021) II-A, IV-B, IV-E.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from functools import cached_property, partial
 from typing import Any
@@ -48,11 +49,13 @@ class Labeller:
         manifest = Manifest.read_shard(self._storage, self._corpus, shard)
         part = f"{self._folder}/{layout.part(shard)}"
         if there := self._storage.exists(part):
-            table = schemas.decode(self._storage.read(part))
+            data = self._storage.read(part)
+            table = schemas.decode(data)
         else:
             table = self._labelled(manifest)
-            self._storage.write(part, schemas.encode(table))
-        return {"there": there} | _counted(table, manifest, self._codebook.classes)
+            self._storage.write(part, data := schemas.encode(table))
+        facts = {"there": there, "sha256": hashlib.sha256(data).hexdigest()}
+        return facts | _counted(table, manifest, self._codebook.classes)
 
     def _labelled(self, manifest: Manifest) -> pa.Table:
         utterances = UtteranceReader(self._reader, manifest, normalize=False)
@@ -88,7 +91,7 @@ def _counted(part: pa.Table, manifest: Manifest, classes: tuple[int, ...]) -> di
 
 def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dict[str, Any]:
     """Writes one label part per shard and `quality.json`; `classes` has the clusters of each label stream."""
-    centroids_RD = np.load(io.BytesIO(work.inputs["codebook"].read(layout.CENTROIDS)), allow_pickle=False)
+    centroids_RD = np.load(io.BytesIO(work.inputs["codebook"].read_sealed(layout.CENTROIDS)), allow_pickle=False)
     codebook = Codebook(centroids_RD, classes)
     splits = {shard.name: shard.split for shard in work.index().shards}
     labeller = partial(
@@ -97,7 +100,9 @@ def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dic
     )  # fmt: skip
     histograms = [np.zeros(clusters, dtype=np.int64) for clusters in classes]
     counts = {name: [PhoneCounts(clusters) for clusters in classes] for name in ("dev", "all")}
+    parts: dict[str, str] = {}
     for row in shard_map(labeller, list(splits), work.cluster):
+        parts[row["shard"]] = row["sha256"]
         if not row["there"]:
             print(f"{work.name}  {row['shard']}  {row['labels']} labels", flush=True)
         split = splits[row["shard"]]
@@ -115,7 +120,7 @@ def assign_labels(work: Work, teacher: Teacher, classes: tuple[int, ...]) -> dic
                 f"{work.name}: only {used} of {clusters} clusters occur in the train labels. The codebook has collapsed; a model "
                 "would learn a constant. Give kmeans more audio (sample_share), other seeds, or fewer clusters"
             )
-    work.output.write_json(layout.QUALITY, facts)
+    work.output.write_json(layout.QUALITY, facts | {"parts": dict(sorted(parts.items()))})
     return {key: facts[key] for key in ("train_frames", "unigram_entropy_bits", "majority_share", "quality")}
 
 

@@ -8,7 +8,9 @@ inputs, hashed to a fingerprint. `_STARTED` claims the folder before work begins
     sealed, same          -> skip
     claimed or sealed for another identity -> StaleArtifactError that names both values
 
-Worker counts, GPUs and storage places are not part of an identity, so they never make anything stale.
+Worker counts, GPUs and storage places are not part of an identity, so they never make anything stale. The seal has the SHA-256 of
+the files that lie in the folder directly, so that one which is replaced or altered later is found; parts in folders below have
+their digests where they are listed.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Seal(msgspec.Struct, frozen=True):
     identity: Identity
     fingerprint: str
     facts: dict[str, Any]  # rows, seconds, versions, hardware: what was done, not what was asked
+    files: dict[str, str]  # name -> SHA-256
 
 
 def identity_of(stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Identity:
@@ -67,22 +70,18 @@ class Artifact:
 
         Raises StaleArtifactError where the folder is sealed or claimed for another identity.
         """
-        for name in (layout.SEAL, layout.CLAIM):
-            if not self.storage.exists(self.file(name)):
-                continue
-            data = self.storage.read(self.file(name))
-            try:
-                found = msgspec.json.decode(data, type=Seal) if name == layout.SEAL else None
-                identity = found.identity if found else msgspec.json.decode(data, type=Identity)
-            except msgspec.DecodeError as error:
-                raise StorageError(
-                    f"{self.storage.full(self.file(name))} cannot be read ({error}); "
-                    f"make the artifact again after {self.remove_command()}"
-                ) from error
-            if identity != self.identity:
-                raise StaleArtifactError(self._difference(identity, sealed=found is not None))
-            return found
-        return None
+        found = _there(self)
+        if found is None:
+            return None
+        seal, identity = found
+        if identity != self.identity:
+            raise StaleArtifactError(self._difference(identity, sealed=seal is not None))
+        return seal
+
+    def identity_there(self) -> Identity | None:
+        """The identity that the folder is sealed or claimed for, whatever this one's is."""
+        found = _there(self)
+        return found and found[1]
 
     def claim(self) -> None:
         """Marks the folder as being worked on for this identity."""
@@ -90,7 +89,9 @@ class Artifact:
 
     def seal(self, facts: dict[str, Any]) -> None:
         """Declares the artifact finished. Every other file must have been written before."""
-        seal = Seal(self.identity, self.identity.fingerprint, facts)
+        names = self.storage.scan(self.path)[0].keys() - {layout.CLAIM, layout.SEAL, layout.LOCATIONS}
+        files = {name: self.storage.sha256(self.file(name)) for name in sorted(names)}
+        seal = Seal(self.identity, self.identity.fingerprint, facts, files)
         self.storage.write(self.file(layout.SEAL), msgspec.json.format(msgspec.json.encode(seal), indent=2))
 
     def require(self) -> Seal:
@@ -102,6 +103,27 @@ class Artifact:
                 "or `hubert-ray run`, which runs whatever is missing in order."
             )
         return seal
+
+    def altered(self) -> list[str]:
+        """Names of the files of a sealed artifact that are gone, or no longer what they were when it was sealed."""
+
+        def is_altered(name: str, digest: str) -> bool:
+            try:
+                return self.storage.sha256(self.file(name)) != digest
+            except FileNotFoundError:
+                return True
+
+        return [name for name, digest in self.require().files.items() if is_altered(name, digest)]
+
+    def read_sealed(self, name: str) -> bytes:
+        """A file of a sealed artifact. Raises StorageError where it is not what was sealed."""
+        data = self.read(name)
+        if hashlib.sha256(data).hexdigest() != self.require().files.get(name):
+            raise StorageError(
+                f"{self.storage.full(self.file(name))} is not the file that was sealed; make it again after "
+                f"{self.remove_command()}"
+            )
+        return data
 
     def read(self, name: str) -> bytes:
         return self.storage.read(self.file(name))
@@ -129,6 +151,23 @@ class Artifact:
     def remove_command(self) -> str:
         """What a user types to make it again from nothing."""
         return f"hubert-ray remove {self.path} --storage '{self.storage.url}'"
+
+
+def _there(artifact: Artifact) -> tuple[Seal | None, Identity] | None:
+    """The seal, if there is one, and the identity of what lies on storage; None where there is neither seal nor claim."""
+    for name in (layout.SEAL, layout.CLAIM):
+        if not artifact.storage.exists(artifact.file(name)):
+            continue
+        data = artifact.read(name)
+        try:
+            seal = msgspec.json.decode(data, type=Seal) if name == layout.SEAL else None
+            return seal, seal.identity if seal else msgspec.json.decode(data, type=Identity)
+        except msgspec.DecodeError as error:
+            raise StorageError(
+                f"{artifact.storage.full(artifact.file(name))} cannot be read ({error}); "
+                f"make the artifact again after {artifact.remove_command()}"
+            ) from error
+    return None
 
 
 def _plain(identity: Identity) -> dict[str, Any]:

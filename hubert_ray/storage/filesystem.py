@@ -4,13 +4,14 @@ One small class over pyarrow's file systems: local paths, `s3://â€¦` and `gs://â
 the URL: `s3://bucket/run?endpoint_override=host:port&scheme=http`). A written file is whole or absent, a read gives all bytes
 or raises. Of an object store every request is repeated when the server answers 5xx or 429, the connection breaks, the body ends
 before its Content-Length, or nothing arrives for 3 seconds: ten times, with waits that double from 50 ms (25 s in all; by itself
-pyarrow gives up after 6). gs:// has a client with rules of its own, to which we give the same 25 s. A store that is away for longer is
-an error of the piece of work, which is done again (`max_failures`).
+pyarrow gives up after 6). gs:// has a client with rules of its own, to which we give the same 25 s. A store that is away for
+longer is an error of the piece of work, which is done again (`max_failures`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import posixpath
 import tempfile
@@ -73,7 +74,7 @@ class Storage:
 
     @property
     def opens_cheaply(self) -> bool:
-        """Whether an open file costs next to nothing: on S3 it is its size, on a disk a descriptor, on gs:// a download under way."""
+        """Whether an open file costs next to nothing: on S3 it is its size; on a disk a descriptor, on gs:// a download."""
         return isinstance(self.filesystem, fs.S3FileSystem)
 
     def full(self, path: str) -> str:
@@ -98,6 +99,14 @@ class Storage:
                     f"{self.url}: '{path}' has {file.size()} bytes, {len(data)} came; was it replaced meanwhile?"
                 )
             return data
+
+    def sha256(self, path: str) -> str:
+        """Of a file's bytes, in hex digits, a little in memory at a time. Raises FileNotFoundError."""
+        digest = hashlib.sha256()
+        with self.open(path) as file:
+            while some := file.read(2**24):
+                digest.update(some)
+        return digest.hexdigest()
 
     def open(self, path: str) -> pa.NativeFile:
         """A random-access reader; the caller closes it."""

@@ -12,7 +12,7 @@ from hubert_ray.config.loading import load_cluster, load_recipe
 from hubert_ray.config.presets import PRESETS
 from hubert_ray.config.recipe import LibriSpeech, Recipe
 from hubert_ray.config.sizes import SIZES
-from hubert_ray.errors import CorpusError, RecipeError
+from hubert_ray.errors import CorpusError, RecipeError, StaleArtifactError
 from hubert_ray.storage import layout
 from hubert_ray.storage.filesystem import Storage
 
@@ -264,6 +264,22 @@ def test_what_changes_no_number_is_no_part_of_identity(tmp_path):
     assert fingerprints(*balance) == fingerprints()
     often = [f"iterations.iter1.pretrain.{name}_steps=7" for name in ("log", "checkpoint")]
     assert fingerprints(*often) == fingerprints() != fingerprints("iterations.iter1.pretrain.steps=7")
+
+
+def test_a_corpus_that_lost_its_seal_makes_nothing_stale(tmp_path):
+    """What was made of it waits for the new seal to say whether the content is the same."""
+    storage, recipe = Storage(str(tmp_path)), load_recipe("demo", [])
+    corpus, codebook, *_ = (planned.artifact for planned in pipeline.plan(recipe, storage))
+    corpus.seal({"content": "abc"})
+    _, codebook, labels, *_ = (planned.artifact for planned in pipeline.plan(recipe, storage))
+    codebook.seal({})
+    labels.claim()
+    storage.delete(corpus.file(layout.SEAL))
+    planned = pipeline.plan(recipe, storage)
+    assert [p.stage.name for p in planned if p.seal] == ["iter1/learn_kmeans"]
+    assert planned[1].artifact.identity == codebook.identity
+    with pytest.raises(StaleArtifactError, match="inputs.corpus"):  # another corpus is another corpus
+        pipeline.plan(load_recipe("demo", ["corpus.train_speakers=3", "corpus.name=other"]), storage)
 
 
 @pytest.mark.parametrize("kind", ["librispeech", "folder", "table", "parquet", "webdataset"])

@@ -89,10 +89,15 @@ class Run:
     def seal_labels(self) -> None:
         self.write_labels()
         train = np.concatenate([row["labels"] for row in self.rows[:20]])
-        self.labels.write_json(
-            layout.QUALITY, {"streams": [{"histogram": np.bincount(train, minlength=CLUSTERS).tolist()}]}
-        )
+        self.measured([{"histogram": np.bincount(train, minlength=CLUSTERS).tolist()}])
         self.labels.seal({})
+
+    def measured(self, streams: list[dict]) -> None:
+        digests = {
+            name: self.labels.storage.sha256(self.labels.file(layout.part(name)))
+            for name in ("train-00000", "dev-00000")
+        }
+        self.labels.write_json(layout.QUALITY, {"streams": streams, "parts": digests})
 
     def write_labels(self) -> None:
         for shard, split in (("train-00000", range(20)), ("dev-00000", range(20, UTTERANCES))):
@@ -131,7 +136,7 @@ def not_ok(findings: dict[str, health.Finding]) -> dict[str, str]:
 
 def test_a_healthy_run_is_healthy(run):
     findings = run.findings()
-    assert len(findings) == 10
+    assert len(findings) == 11
     assert not_ok(findings) == {}
     assert all(finding.prevents for finding in findings.values())
 
@@ -257,6 +262,24 @@ def test_labels_one_frame_short(run):
     assert "'u07' has 97 labels" in run.findings()["iter1.labels.lengths"].found
 
 
+def test_a_part_of_the_manifest_that_is_gone(run):
+    run.storage.delete(f"{run.corpus.path}/{layout.manifest_part('dev-00000')}")
+    found = {f.check: f for f in health.corpus_findings(run.corpus, read_audio=True)}["corpus.manifest"]
+    assert (found.status, "1 of 2 parts" in found.found, "dev-00000" in found.found) == ("failed", True, True)
+
+
+def test_a_codebook_that_was_replaced(run):
+    assert health.files_finding("iter1/learn_kmeans", run.codebook).status == "ok"
+    data = bytearray(run.codebook.read(layout.CENTROIDS))
+    data[-3] ^= 1
+    run.storage.write(run.codebook.file(layout.CENTROIDS), bytes(data))
+    found = health.files_finding("iter1/learn_kmeans", run.codebook)
+    assert (found.status, found.found.split(";")[0]) == (
+        "failed",
+        "1 of 1 files are gone or not those that were sealed: centroids.npy",
+    )
+
+
 def test_labels_at_another_rate(run):
     run.rows = [row | {"frame_rate_hz": 50} for row in run.rows]
     run.write_labels()
@@ -264,10 +287,13 @@ def test_labels_at_another_rate(run):
 
 
 def test_labels_that_were_replaced(run):
-    run.rows[3]["labels"] = np.roll(run.rows[3]["labels"], 1)
-    run.rows[3]["labels"][0] = (run.rows[3]["labels"][0] + 1) % CLUSTERS
+    run.rows[3]["labels"] = np.roll(run.rows[3]["labels"], 1)  # as many of each as before
     run.write_labels()
     assert not_ok(run.findings()) == {"iter1.labels.unchanged": "failed"}
+    assert (
+        "1 of 2 label parts are not those that were written: train-00000"
+        in run.findings()["iter1.labels.unchanged"].found
+    )
 
 
 def test_dead_and_dominant_clusters(run):
@@ -295,7 +321,7 @@ def test_several_streams_are_checked_each(run):
         sizes = zip(train.T, (CLUSTERS, 5), strict=True)
         measured = [{"histogram": np.bincount(labels, minlength=size).tolist()} for labels, size in sizes]
         run.write_labels()
-        run.labels.write_json(layout.QUALITY, {"streams": measured})
+        run.measured(measured)
         found = health.label_findings(run.corpus, run.labels, 100, (CLUSTERS, 5), reread=True)
         return {finding.check: finding for finding in found}
 

@@ -195,10 +195,10 @@ def test_as_many_shards_stay_open_as_the_place_of_the_tars_allows(storage, monke
     opened, made = [], []
 
     class Remote(Storage):
-        is_local = False
+        is_local, opens_cheaply = False, True
 
     class Local(Storage):
-        is_local = True
+        is_local, opens_cheaply = True, False
 
     class Elsewhere(Local if tars_are_local else Remote):
         def __init__(self, url, cache=None):

@@ -153,6 +153,23 @@ def test_a_file_is_no_place(tmp_path):
         Storage(str(tmp_path / "file"))
 
 
+def test_files_that_change_after_the_seal_are_told(tmp_path):
+    made = artifact(Storage(str(tmp_path)))
+    made.claim()
+    for name, data in {"a.npy": b"1", "b.json": b"2", "c.json": b"3", "parts/d": b"4", layout.LOCATIONS: b"5"}.items():
+        made.storage.write(made.file(name), data)
+    made.seal({})
+    assert (made.altered(), made.read_sealed("a.npy")) == ([], b"1")
+    made.storage.write(made.file("a.npy"), b"9")
+    made.storage.write(made.file(layout.LOCATIONS), b"9")  # where tars are, which users may change
+    made.storage.delete(made.file("b.json"))
+    assert made.altered() == ["a.npy", "b.json"]
+    with pytest.raises(
+        StorageError, match="a.npy is not the file that was sealed; make it again after hubert-ray remove"
+    ):
+        made.read_sealed("a.npy")
+
+
 def test_a_damaged_seal_is_named(tmp_path):
     made = artifact(Storage(str(tmp_path)))
     made.storage.write(made.file(layout.SEAL), b'{"identity": ')

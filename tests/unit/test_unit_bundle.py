@@ -114,6 +114,11 @@ def test_units_of_several_streams(tmp_path, classes, width):
     if width < 39:
         centroids_KD = np.concatenate([centroids_KD[4 * part :][:4, 13 * part :][:, :13] for part in range(3)])
     storage.write(codebook.file(layout.CENTROIDS), npy(centroids_KD))
+    if width < 39:
+        with pytest.raises(BundleError, match=r"centroids.npy: found sha256 .*, sealed was .*; make it again after"):
+            make_bundle(codebook, teacher, classes, inputs, str(tmp_path / "altered"), 1.0, 0.3)
+        assert not (tmp_path / "altered" / CARD).exists()
+    codebook.seal(codebook.require().facts)
     make_bundle(codebook, teacher, classes, inputs, str(tmp_path / "bundle"), 1.0, 0.3)
     bundle = load_units(tmp_path / "bundle")
     wave_S = NOISE[:9_000]
