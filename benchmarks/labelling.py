@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from benchmarks.loader import CORPUS, recordings, store
+from benchmarks.loader import CORPUS, as_a_worker, recordings, store
 from hubert_ray.config.recipe import Layer
 from hubert_ray.config.sizes import SIZES
 from hubert_ray.data.collate import UtteranceReader
@@ -142,7 +141,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}  # as a worker of one CPU has them
+    as_a_worker()
     torch.set_num_threads(1)
     result: dict = {"clusters": CLUSTERS, "teachers": {}}
     for item in options.minutes.split(","):

@@ -329,13 +329,17 @@ def examine(recipe: Recipe, storage: Storage, cluster: Cluster, nodes: list[Node
         done = sum(step.seal is not None for step in steps)
         said = f"{done} of {len(steps)} stages of {recipe.name} are finished in {storage.url}"
         yield health.Finding("run.finished", "ok" if done else "warning", said, "looking at the wrong storage or run")
+    corpus_is_sound = True
     for step in steps:
         try:
             if step.seal:
                 yield health.files_finding(step.stage.name, step.artifact)
-            yield from findings_of(step, reread=True)
+            for finding in findings_of(step, reread=True):
+                corpus_is_sound &= step.stage.kind != "prepare_data" or finding.status != "failed"
+                yield finding
         except Exception as error:  # whatever a damaged file makes a library raise
-            said = f"cannot be read ({type(error).__name__}: {error}); make it again after {step.artifact.remove_command()}"
+            again = f"make it again after {step.artifact.remove_command()}" if corpus_is_sound else "mend the corpus first"
+            said = f"cannot be read ({type(error).__name__}: {error}); {again}"
             yield health.Finding(f"{step.stage.name}.readable", "failed", said, "a later stage that dies of it")
     if steps and not steps[0].seal:
         yield _source_finding(recipe)
