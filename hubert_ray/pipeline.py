@@ -338,7 +338,9 @@ def examine(recipe: Recipe, storage: Storage, cluster: Cluster, nodes: list[Node
                 corpus_is_sound &= step.stage.kind != "prepare_data" or finding.status != "failed"
                 yield finding
         except Exception as error:  # whatever a damaged file makes a library raise
-            again = f"make it again after {step.artifact.remove_command()}" if corpus_is_sound else "mend the corpus first"
+            again = (
+                f"make it again after {step.artifact.remove_command()}" if corpus_is_sound else "mend the corpus first"
+            )
             said = f"cannot be read ({type(error).__name__}: {error}); {again}"
             yield health.Finding(f"{step.stage.name}.readable", "failed", said, "a later stage that dies of it")
     if steps and not steps[0].seal:

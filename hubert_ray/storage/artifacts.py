@@ -161,6 +161,8 @@ def _there(artifact: Artifact) -> tuple[Seal | None, Identity] | None:
         data = artifact.read(name)
         try:
             seal = msgspec.json.decode(data, type=Seal) if name == layout.SEAL else None
+            if seal and seal.fingerprint != seal.identity.fingerprint:
+                raise msgspec.ValidationError(f"fingerprint {seal.fingerprint} is not that of the identity beside it")
             return seal, seal.identity if seal else msgspec.json.decode(data, type=Identity)
         except msgspec.DecodeError as error:
             raise StorageError(

@@ -175,6 +175,11 @@ def test_a_damaged_seal_is_named(tmp_path):
     made.storage.write(made.file(layout.SEAL), b'{"identity": ')
     with pytest.raises(StorageError, match="_SUCCESS cannot be read"):
         made.seal_or_none()
+    made.seal({})
+    seal = made.read(layout.SEAL)
+    made.storage.write(made.file(layout.SEAL), seal.replace(made.identity.fingerprint.encode(), b"0" * 16))
+    with pytest.raises(StorageError, match="fingerprint 0000000000000000 is not that of the identity beside it"):
+        made.seal_or_none()
 
 
 def test_checkpoint_names_sort_by_step():
