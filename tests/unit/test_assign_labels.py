@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -54,7 +56,9 @@ def test_labels_are_those_of_each_utterance_alone(storage, monkeypatch, teacher,
     for got, frames_FD in zip(table["labels"].to_pylist(), alone, strict=True):
         assert got == assign(frames_FD, centroids_KD)[0].tolist()
     counted = np.bincount(np.concatenate(table["labels"].to_pylist()), minlength=12).tolist()
-    assert facts == {"there": False, "labels": sum(map(len, alone)), "histograms": [counted], "phones": [{}]}
+    digest = storage.sha256(f"labels/{layout.part('s')}")
+    told = {"there": False, "sha256": digest, "labels": sum(map(len, alone)), "histograms": [counted], "phones": [{}]}
+    assert facts == told
     assert len({tuple(labels) for labels in table["labels"].to_pylist()}) == len(set(SEEDS))
 
 
@@ -82,6 +86,7 @@ def test_a_part_that_is_there_is_counted_not_made_again(storage):
     assert storage.read(part) == before
     assert facts == {
         "there": True,
+        "sha256": hashlib.sha256(before).hexdigest(),
         "labels": 6 * len(SEEDS),
         "histograms": [[8, 2, 2, 2, 2, 2], [6, 6, 6]],
         "phones": [
