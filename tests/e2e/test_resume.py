@@ -190,7 +190,7 @@ def test_the_doctor_tells_a_healthy_run_from_a_broken_one(storages):
     code, findings = doctor(broken.parent / "nowhere", "--no-nodes")
     assert (code, findings["run.storage"]["status"]) == (1, "failed")
     assert not (broken.parent / "nowhere").exists()
-    code, findings = doctor(healthy, "--no-nodes", "--set", "name=another")
+    code, findings = doctor(healthy, "--no-nodes", "--set", "name=another", "--set", "corpus.name=another")
     assert (code, findings["run.finished"]["status"]) == (0, "warning")
     code, findings = doctor(healthy, "--no-nodes", "--set", "iterations.iter1.kmeans.seed=5")
     assert code == 1
