@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -83,7 +83,7 @@ def corpus_findings(artifact: Artifact, read_audio: bool) -> Iterator[Finding]:
 def _shards(storage: Storage, path: str, index: Index, again: str) -> Finding:
     reader = AudioReader(storage, path)
 
-    def is_broken(rows: slice) -> bool:
+    def is_broken(_: Shard, rows: slice) -> bool:
         end = int((index.numbers("offset")[rows] + index.numbers("size")[rows]).max())
         try:
             reader.read(index.shard_of(rows.start), end - 1, 1)
@@ -91,9 +91,7 @@ def _shards(storage: Storage, path: str, index: Index, again: str) -> Finding:
             return True
         return False
 
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = pool.map(is_broken, (rows for _, rows in index.by_shard()))
-        broken = [shard.name for shard, wrong in zip(index.shards, found, strict=True) if wrong]
+    broken = _shards_where(is_broken, index)
     return Finding(
         "corpus.shards",
         "failed" if broken else "ok",
@@ -102,16 +100,21 @@ def _shards(storage: Storage, path: str, index: Index, again: str) -> Finding:
     )
 
 
+def _shards_where(is_broken: Callable[[Shard, slice], bool], index: Index) -> list[str]:
+    """Names of the shards of which it is true; many are read at a time."""
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = pool.map(lambda place: is_broken(*place), index.by_shard())
+        return [shard.name for shard, wrong in zip(index.shards, found, strict=True) if wrong]
+
+
 def _manifest(storage: Storage, path: str, index: Index, again: str) -> Finding:
-    def is_broken(shard: Shard) -> bool:
+    def is_broken(shard: Shard, _: slice) -> bool:
         try:
             return len(Manifest.read(storage, path, [shard.name], ["utterance_id"])) != shard.utterances
         except (OSError, pa.ArrowException, HubertRayError):
             return True
 
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = pool.map(is_broken, index.shards)
-        broken = [shard.name for shard, wrong in zip(index.shards, found, strict=True) if wrong]
+    broken = _shards_where(is_broken, index)
     return Finding(
         "corpus.manifest",
         "failed" if broken else "ok",

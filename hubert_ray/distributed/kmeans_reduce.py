@@ -30,7 +30,7 @@ from hubert_ray.errors import TrainingError
 from hubert_ray.units import kmeans
 from hubert_ray.units.kmeans import Fit, Partial
 
-LANES = 64
+LANES = 64  # as many as there may be holders: config/cluster.py, kmeans_workers
 ROUNDS = 5  # of k-means‖; Bahmani et al. find no gain in more
 Subtree = tuple[int, int]  # (first lane, number of lanes, a power of two that divides the first)
 Sums = dict[Subtree, list[Partial] | None]  # None: no lane of it has a block

@@ -172,6 +172,15 @@ def test_reading_past_a_truncated_shard_is_an_error(storage):
             reader.read("train-00000", row["offset"], row["size"])
 
 
+def test_audio_that_was_damaged_later_is_named(storage):
+    row = write_shard(storage, CORPUS, "train-00000", UTTERANCES).manifest.to_pylist()[0]
+    data, path = bytearray(tar_bytes(storage)), f"{CORPUS}/audio/train-00000.tar"
+    data[row["offset"] : row["offset"] + row["size"]] = bytes(row["size"])
+    storage.write(path, bytes(data))
+    with pytest.raises(CorpusError, match=rf"shard 'train-00000', bytes {row['offset']} to .*altered or damaged"):
+        AudioReader(storage, CORPUS).wave("train-00000", row["offset"], row["size"])
+
+
 def test_reader_keeps_few_shards_open_and_reopens_them(storage):
     shards = {f"train-{n:05d}": utterance(f"u{n}", n) for n in range(4)}
     rows = {shard: write_shard(storage, CORPUS, shard, [raw]).manifest.to_pylist()[0] for shard, raw in shards.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,7 @@ from hubert_ray.storage import layout, schemas
 from hubert_ray.storage.artifacts import Artifact, Identity
 from hubert_ray.storage.filesystem import Storage
 from hubert_ray.unit_bundle import CARD, BundleCard, BundleError, load_units, make_bundle
+from hubert_ray.unit_files import recordings as found_recordings
 from hubert_ray.unit_files import write_units
 from hubert_ray.units.features import LayerExtractor, MfccExtractor
 from hubert_ray.units.kmeans import Codebook, assign
@@ -289,6 +291,16 @@ def recordings(tmp_path):
     (folder / "empty.wav").write_bytes(b"")
     (folder / "notes.txt").write_text("not looked at")
     return folder
+
+
+def test_names_that_are_not_utf_8_are_written_as_near_as_can_be(tmp_path):
+    (tmp_path / "b").mkdir()
+    file = os.fsencode(tmp_path / "b") + b"/caf\xe9.wav"
+    with open(file, "wb") as empty:
+        empty.write(b"")
+    ((name, path),) = found_recordings([str(tmp_path)])
+    assert (name, os.fsencode(path)) == ("b/caf\ufffd", file)
+    assert json.loads(msgspec.json.encode({"id": name}))["id"] == name
 
 
 def lines(out: str) -> dict[str, dict]:
